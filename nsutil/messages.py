@@ -1,0 +1,143 @@
+"""One datagram with descriptors over a SEQPACKET unix socket.
+
+A message is bytes and a list of descriptors. Bytes too long for one datagram travel in a sealed memfd, which is then
+the last descriptor; the receiver cannot tell the difference. Descriptors that arrive are owned by the receiver and are
+close-on-exec; a message whose descriptors were truncated by the kernel is an error, and none of them stays open.
+
+Sources: unix(7), cmsg(3), memfd_create(2).
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import struct
+from typing import Iterable, Iterator
+
+from nsutil import memory
+
+# The kernel's own limit is SCM_MAX_FD, 253. No message of ours needs more than these.
+MAX_FDS = 32
+# One datagram; longer bodies go by memfd. Well below the default net.core.wmem_default (212992).
+MAX_INLINE = 32 * 1024
+# A body in a memfd; argv and environment together are at most 6 MiB by execve(2)'s own rules.
+MAX_BODY = 16 * 1024 * 1024
+
+_INLINE, _MEMFD = b"\0", b"\1"
+
+
+class MessageError(Exception):
+    """What arrived is not a message. The peer is at fault; its socket should be closed."""
+
+
+class Fds:
+    """Received descriptors, closed together unless taken one by one.
+
+    `take()` hands the next one on to the caller; leaving the `with` block closes those that nobody took.
+    """
+
+    def __init__(self, fds: Iterable[int] = ()):
+        self._fds = list(fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def take(self) -> int:
+        """The next descriptor, owned by the caller from now on. Raises MessageError when there is none."""
+        if not self._fds:
+            raise MessageError("the message carries fewer descriptors than it must")
+        return self._fds.pop(0)
+
+    def rest(self) -> list[int]:
+        """All that remain, owned by the caller from now on."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def close(self) -> None:
+        for fd in self.rest():
+            os.close(fd)
+
+    def __enter__(self) -> Fds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._fds)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected SEQPACKET sockets."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: socket.socket, body: bytes, fds: Iterable[int] = (), flags: int = 0) -> None:
+    """Send one message. The descriptors stay the caller's. Raises OSError, ValueError for a body over MAX_BODY."""
+    fds = list(fds)
+    if len(fds) > MAX_FDS - 1:
+        raise ValueError(f"{len(fds)} descriptors in one message; at most {MAX_FDS - 1} are sent")
+    if len(body) <= MAX_INLINE:
+        _send(sock, [_INLINE, body], fds, flags)
+        return
+    if len(body) > MAX_BODY:
+        raise ValueError(f"a message of {len(body)} bytes; at most {MAX_BODY} are sent")
+    fd = memory.sealed(body, "message")
+    try:
+        _send(sock, [_MEMFD], [*fds, fd], flags)
+    finally:
+        os.close(fd)
+
+
+def _send(sock: socket.socket, parts: list[bytes], fds: list[int], flags: int) -> None:
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg(parts, control, flags | socket.MSG_NOSIGNAL)
+
+
+_CONTROL = socket.CMSG_SPACE(MAX_FDS * 4)
+
+
+def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
+    """Receive one message: its body and its descriptors.
+
+    Raises EOFError when the peer has closed, MessageError for what is not a message, OSError.
+    """
+    data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | socket.MSG_CMSG_CLOEXEC)
+    fds = Fds(fd for level, kind, block in ancillary for fd in _descriptors(level, kind, block))
+    try:
+        if got & socket.MSG_CTRUNC:
+            raise MessageError(f"more than {MAX_FDS} descriptors in one message, or none could be opened for it")
+        if got & socket.MSG_TRUNC:
+            raise MessageError(f"a datagram of more than {MAX_INLINE + 1} bytes")
+        if not data:
+            raise EOFError("the peer closed its socket")
+        if data[:1] == _INLINE:
+            return data[1:], fds
+        if data != _MEMFD or not len(fds):
+            raise MessageError("a datagram that is neither a body nor a body in a memfd")
+        *others, last = fds.rest()
+        fds = Fds(others)
+        try:
+            return memory.read_sealed(last, MAX_BODY), fds
+        finally:
+            os.close(last)
+    except memory.SealError as e:
+        fds.close()
+        raise MessageError(str(e)) from None
+    except BaseException:
+        fds.close()
+        raise
+
+
+def _descriptors(level: int, kind: int, block: bytes) -> tuple[int, ...]:
+    if level != socket.SOL_SOCKET or kind != socket.SCM_RIGHTS:
+        return ()
+    count = len(block) // 4
+    return struct.unpack(f"{count}i", block[: count * 4])
+
+
+def no_cloexec(fd: int) -> None:
+    """Let `fd` pass through execve(2)."""
+    fcntl.fcntl(fd, fcntl.F_SETFD, 0)
