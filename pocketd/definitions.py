@@ -1,0 +1,136 @@
+"""What a configuration defines: services, pockets, defaults; and what is wrong with it. Plain frozen values.
+
+`config.load` makes them; everything else of the daemon takes them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from cgroup.limits import Limits
+from pocketd.paths import Mount
+
+NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
+# `pocket NAME ...` and `pocket VERB ...` share their first word.
+VERBS = frozenset(
+    "allow cool deny doctor events exec images inspect logs off on pocketize ps reload run set stop suggest "
+    "top warm".split()
+)
+
+Runtime = Literal["tensorflow", "python", "exec"]
+Start = Literal["demand", "boot", "manual"]
+Exit = Literal["fast", "full"]
+Network = Literal["none", "host"]
+
+
+def _empty() -> Any:
+    """A field that is an empty mapping where it is not given."""
+    return field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model in a file or directory of the host that the framework's own loader reads."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """A model that `module`'s `attribute` makes when it is called in the service."""
+
+    module: str
+    attribute: str
+
+
+@dataclass(frozen=True)
+class Service:
+    name: str
+    runtime: Runtime = "tensorflow"
+    rootfs: Path | None = None  # None: "host", the allowlist of the host's own file system
+    python: Path | None = None  # as the service's root file system has it; None: the one that pocketd runs on
+    start: Start = "demand"
+    exit: Exit = "fast"
+    env: Mapping[str, str] = _empty()
+    preload: tuple[str, ...] = ()  # modules that runtime "python" imports
+    models: Mapping[str, ModelFile | ModelFactory] = _empty()
+    limits: Limits = _empty()
+
+
+@dataclass(frozen=True)
+class User:
+    """Whom a pocket's processes run as; never uid 0."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True)
+class Allow:
+    """A pocket's rights. All else is off."""
+
+    network: Network = "none"
+    models: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()  # relative to the pocket's directory, without ".."
+
+
+@dataclass(frozen=True)
+class Pocket:
+    name: str
+    dir: Path  # absolute, symbolic links resolved; it is still to be opened without following any
+    service: str | None  # None: any service that satisfies `requires`
+    requires: tuple[str, ...] = ()  # requirements in the form of PEP 508, without markers
+    program: str | None = None  # beneath `dir`; absolute for a service of `exec`. None: client mode
+    packages: str | None = None  # a directory beneath `dir` that comes first on sys.path
+    env: Mapping[str, str] = _empty()
+    limits: Limits = _empty()  # those of [defaults.pocket] included
+    may_run: tuple[str, ...] = ()  # user names and "@group"s, besides root
+    run_as: User | None = None  # None: an id of its own
+    allow: Allow = Allow()
+    mounts: tuple[Mount, ...] = ()
+    # Read, and not acted on by this version: they make launches sooner and change nothing else.
+    warm: int = 0
+    checkpoint: str | None = None
+    rehearse: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the configuration. `message` says what, and what would be right."""
+
+    file: Path
+    key: str  # dotted, as TOML would write it; "" for the file as a whole
+    value: str | None  # as TOML would write it, shortened; None where there is no value to show
+    message: str
+    line: int | None = None  # where the file is not TOML at all
+
+
+@dataclass(frozen=True)
+class Config:
+    """Definitions that are right, and all that is wrong.
+
+    `invalid` holds what cannot be used, by name, with the reasons: services, pockets, and "defaults.run" where ad hoc
+    runs would go without a limit that was asked for.
+    """
+
+    services: Mapping[str, Service]
+    pockets: Mapping[str, Pocket]
+    run_limits: Limits = _empty()  # [defaults.run]: of ad hoc runs
+    problems: tuple[Problem, ...] = ()
+    invalid: Mapping[str, tuple[Problem, ...]] = _empty()
+    notices: tuple[str, ...] = ()  # not wrong, and worth a line in the log
+
+
+def describe(problems: Iterable[Problem]) -> str:
+    """One line each for a terminal: FILE: KEY = VALUE: what is wrong; what would be right."""
+    lines = []
+    for problem in problems:
+        where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
+        what = problem.key if problem.value is None else f"{problem.key} = {problem.value}"
+        lines.append(f"{where}: {what}: {problem.message}" if what else f"{where}: {problem.message}")
+    return "\n".join(lines)
