@@ -2,7 +2,7 @@
 
 usage: python client.py [--hold] PHOTO [OUT.png]
 
-The detector is a model of the service (`models = { faces = "mtcnn:MTCNN" }` in pocketd.conf), loaded before anyone asks.
+The detector is a model of the service (`models` in pocketd.conf), loaded before anyone asks.
 """
 
 import argparse
