@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from cgroup import limits as limits_of
-from cgroup.node import Cgroup
+from cgroup.node import Cgroup, check_name
 
 # Beneath the cgroup2 mount, where no --cgroup says otherwise. Not beneath pocketd's own cgroup: what runs must survive
 # it, and systemd cannot restart a unit whose root cgroup has controllers enabled.
@@ -109,6 +109,8 @@ class Hierarchy:
         parts = [part for part in path.split("/") if part]
         if not parts:
             raise ValueError("pocketd's cgroup cannot be the root of the hierarchy; name one beneath it")
+        for part in parts:  # all of them before the first is made
+            check_name(part)
         above: Cgroup = self.root
         for depth, part in enumerate(parts):
             above.enable(controllers)

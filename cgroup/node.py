@@ -28,6 +28,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,254}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for what cannot be the name of a cgroup of ours."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be the name of a cgroup; use letters, digits and _ . : @ -")
+
+
 @dataclass(frozen=True)
 class Stats:
     """What the kernel says of a cgroup and all beneath it; None where the controller is not enabled for it."""
@@ -142,7 +148,9 @@ class Cgroup(Node, Attributes):
                         f"{limits_of.controller(name)!r} is not enabled for it or this kernel lacks the file"
                     ) from None
                 except OSError as e:
-                    raise LimitError(f"{name} = {line!r} was refused by the kernel: {e.strerror}") from None
+                    raise LimitError(
+                        f"{name} = {line!r} was refused by the kernel: {os.strerror(e.errno or 0)}"
+                    ) from None
 
     def enable(self, controllers: Collection[str]) -> frozenset[str]:
         """Enable those of `controllers` that it has for its children; returns what is enabled of them afterwards.
@@ -172,8 +180,7 @@ class Cgroup(Node, Attributes):
         Raises ValueError for a name that is none of ours, FileExistsError unless `exist_ok`: a leaf is used once,
         since a cgroup that was ever killed kills what is cloned into it.
         """
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of a cgroup")
+        check_name(name)
         try:
             os.mkdir(name, 0o755, dir_fd=self.fd)
         except FileExistsError:
