@@ -188,6 +188,7 @@ class _Loading:
         named = {dotted(("defaults", "pocket", "limits", limit)) for limit in pocket.limits}
         if any(problem.key not in named for problem in broken):
             reader.fail("limits", "are not all there, as [defaults.pocket] has a problem itself; mend that one")
+        own = [_as_the_author_sees(problem, name) for problem in own]
         self.parsed[name] = pocket, table
         self.pockets[name] = replace(pocket, limits=MappingProxyType({**defaults, **pocket.limits}))
         if own:
@@ -227,7 +228,7 @@ class _Loading:
             problems: list[Problem] = []
             self.check_service(pocket, Reader(table, ("pocket", name), problems))
             if problems:
-                self.reject(name, *problems)
+                self.reject(name, *(_as_the_author_sees(problem, name) for problem in problems))
 
     def check_service(self, pocket: Pocket, reader: Reader) -> None:
         names = ", ".join(sorted(self.services)) or "none is defined that can be used"
@@ -263,6 +264,13 @@ class _Loading:
         ]
         if keys:
             self.notices.append(f"this version does not act on {', '.join(keys)}: launches work, only less soon")
+
+
+def _as_the_author_sees(problem: Problem, name: str) -> Problem:
+    """The problem with its key as it stands in its file: in pocket.toml there is no table around it."""
+    if problem.file.name != AUTHORS_FILE:
+        return problem
+    return replace(problem, key=problem.key.removeprefix(dotted(("pocket", name)) + "."))
 
 
 def _known(who: str) -> bool:
