@@ -73,7 +73,9 @@ def find(
         over = np.flatnonzero(scores[:, label] > threshold)
         over = over[np.argsort(-scores[over, label], kind="stable")]
         kept = suppress(corners[over], overlap, most)
-        found += [Box(*map(float, corners[i]), score=float(scores[i, label]), label=int(label)) for i in over[kept]]
+        for i in over[kept]:
+            left, top, right, bottom = map(float, corners[i])
+            found.append(Box(left, top, right, bottom, float(scores[i, label]), int(label)))
     return sorted(found, key=lambda box: -box.score)[:most]
 
 
@@ -109,4 +111,5 @@ def suppress(corners: Floats, overlap: float, most: int) -> list[int]:
 
 
 def _sigmoid(values: Floats) -> Floats:
-    return 1 / (1 + np.exp(-values.clip(-60, 60)))
+    result: Floats = 1 / (1 + np.exp(-values.clip(-60, 60)))
+    return result

@@ -137,7 +137,7 @@ def load_darknet(built: keras.Model, path: str | Path) -> None:
 def convolutions(built: keras.Model) -> list[tuple[Any, Any]]:
     """The convolutions in darknet's order, each with its normalization, or None."""
     by_name = {layer.name: layer for layer in built.layers}
-    found = []
+    found: list[tuple[Any, Any]] = []
     while (name := f"conv_{len(found)}") in by_name:
         found.append((by_name[name], by_name.get(f"{name}_norm")))
     return found
