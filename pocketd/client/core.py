@@ -1,0 +1,241 @@
+"""A session's client side without any waiting: what to send, and what a received message means.
+
+The blocking form (session.py) and the asyncio form (aio.py) differ in how they wait and in nothing else. `Core` reads
+and writes no socket.
+
+The session's protocol. Client to worker, after `start`:
+    hello   once, with the read end of a pipe: numbers of cancelled calls, 8 bytes each
+    arena   {arena: number} with one memfd; no reply
+    call    {id, target: "module:function", args, kwargs}
+    model   {id, model: number or name, method: name or None, args, kwargs}
+    load    {id, path}                        reply value: a model's description
+Each of the last three may carry `free` ([[arena, offset], ...]: the worker's ranges that are no longer used here) and
+`drop` (the client's arenas that it gave up). Worker to client: `ready` or `failed` once, `arena`, and replies: {id, ok,
+value} or {id, error}, with `drop` for the worker's arenas.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import struct
+import sys
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+
+from nsutil import messages
+from nsutil.messages import Fds, MessageError
+from pocketd import arrays, tensors, wire
+from pocketd.arena import Arenas, Heap
+from pocketd.client import errors
+from pocketd.client.tensor import Block, Tensor, view_of
+from pocketd.values import Format
+
+CLIENT_PARITY, WORKER_PARITY = 1, 0
+CANCEL = struct.Struct("<Q")
+
+
+class Outgoing(NamedTuple):
+    """A packed message and its descriptor, which whoever sends it closes."""
+
+    body: bytes
+    fd: Optional[int]
+
+
+class Reply(NamedTuple):
+    """The end of one call. `error` is None when it went well."""
+
+    id: int
+    value: Any
+    error: Optional[errors.PocketError]
+
+
+class Core:
+    """State of one session: its arenas, its calls in flight, its models. Not for two threads at once.
+
+    Tensors may be dropped by any thread at any time; everything else is called by one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self.ready: Optional[Dict[str, Any]] = None
+        self.pid = os.getpid()
+        self._heap = Heap(CLIENT_PARITY)
+        self._theirs = Arenas(WORKER_PARITY)
+        self._freed: Deque[Tuple[int, int]] = collections.deque()
+        self._format = Format(self._export, self._resolve)
+        # What a call refers to stays allocated until the worker has answered, also when nobody waits any more.
+        self._calls: Dict[int, List[Any]] = {}
+        self._abandoned: Dict[int, bool] = {}
+        self._last = 0
+        self._keep: List[Any] = []
+
+    # Sending
+
+    def request(self, op: str, **fields: Any) -> Tuple[int, List[Outgoing]]:
+        """A numbered request: its number, and the messages to send in order. Raises errors.PocketError."""
+        if os.getpid() != self.pid:
+            raise errors.SessionClosed(
+                "this session belongs to the process that this one was forked from; log in again"
+            )
+        frees = self._collect()
+        self._last = id = self._last + 1
+        message = {"v": wire.VERSION, "op": op, "id": id, **fields}
+        if frees:
+            message["free"] = frees
+        if self._heap.dropped:
+            message["drop"], self._heap.dropped = self._heap.dropped, []
+        keep: List[Any] = []
+        self._keep = keep
+        try:
+            body = self._format.pack(message)
+            if len(body) > messages.MAX_BODY:
+                raise errors.BadValue(
+                    f"the call's values take {len(body)} bytes; at most {messages.MAX_BODY} travel, more as a tensor"
+                )
+        except BaseException as e:
+            # Nothing was sent, so the worker still holds what it was to be told of.
+            self._freed.extend((a, o) for a, o in frees)
+            self._heap.dropped[:0] = message.get("drop", ())
+            raise errors.of(e) if isinstance(e, wire.Error) else e from None
+        self._calls[id] = keep
+        if not self._heap.fresh:
+            return id, [Outgoing(body, None)]
+        announced, self._heap.fresh = self._heap.fresh, []
+        arenas = [
+            Outgoing(self._format.pack({"v": wire.VERSION, "op": "arena", "arena": n}), fd) for n, fd in announced
+        ]
+        return id, [*arenas, Outgoing(body, None)]
+
+    def models(self) -> Tuple[str, ...]:
+        """Names of the models that this session may use."""
+        return tuple(m["name"] for m in (self.ready or {}).get("models", ()))
+
+    def model(self, name: str) -> Dict[str, Any]:
+        """The description of a model that this session may use. Raises errors.UnknownModel."""
+        for description in (self.ready or {}).get("models", ()):
+            if description["name"] == name:
+                return dict(description)
+        known = ", ".join(self.models()) or "none"
+        raise errors.UnknownModel(f"no model {name!r} in this session; models here: {known}", model=name)
+
+    def tensor(self, shape: Tuple[int, ...], dtype: str) -> Tensor:
+        """A new tensor in our own arena, its contents undefined. Raises errors.BadTensor."""
+        try:
+            size = tensors.nbytes(dtype, shape)
+            self._return_own()
+            arena, offset = self._heap.allocate(size)
+        except tensors.BadTensor as e:
+            raise errors.of(e) from None
+        return Tensor(Block(arena, offset, self._freed), dtype, shape, size)
+
+    # Receiving
+
+    def feed(self, body: bytes, fds: Fds) -> Optional[Reply]:
+        """Take in one message; the reply that it is, if somebody still waits for it.
+
+        `fds` are consumed. Raises errors.ProtocolError for what the worker must not send (the session is then over),
+        and the error with which the worker reports that it failed to start.
+        """
+        with fds:
+            try:
+                message = self._format.unpack(body)
+            except MessageError as e:
+                raise errors.ProtocolError(f"the worker sent what is no message: {e}") from None
+            id = message.get("id")
+            if type(id) is int and id in self._calls:
+                if len(fds):
+                    raise errors.ProtocolError("the worker sent descriptors with a reply")
+                return self._finish(id, message)
+            op = message.get("op")
+            if op == "arena" and type(message.get("arena")) is int and len(fds) == 1:
+                try:
+                    self._theirs.receive(message["arena"], next(iter(fds)))
+                except tensors.BadTensor as e:
+                    raise errors.ProtocolError(f"the worker announced an arena wrongly: {e.message}") from None
+            elif op == "ready" and self.ready is None:
+                self.ready = message
+            elif op == "failed":
+                failure = errors.of(wire.Error.unwire(message.get("error")), errors.ServiceFailed)
+                raise failure
+            else:
+                raise errors.ProtocolError("the worker sent a message that is none of this protocol")
+        return None
+
+    def _finish(self, id: int, message: Dict[str, Any]) -> Optional[Reply]:
+        del self._calls[id]
+        fault = self._format.fault()
+        for dropped in message.get("drop", ()):
+            self._theirs.drop(dropped)
+        if self._abandoned.pop(id, None):
+            return None  # its tensors, if any, die with `message`
+        if fault:
+            raise errors.ProtocolError(f"the worker's reply names a tensor that cannot be used: {fault.message}")
+        if "error" in message:
+            return Reply(id, None, errors.of(wire.Error.unwire(message["error"])))
+        return Reply(id, message.get("value"), None)
+
+    def abandon(self, id: int) -> Optional[bytes]:
+        """Nobody waits for this call any more: its late reply will be dropped, and what it holds given back then.
+
+        Returns what to write to the cancel pipe, or None when the call is over already.
+        """
+        if id not in self._calls or id in self._abandoned:
+            return None
+        self._abandoned[id] = True
+        return CANCEL.pack(id)
+
+    def close(self) -> None:
+        """The session is over. Tensors that live on keep their memory."""
+        self._heap.close()
+
+    # Tensors in values
+
+    def _collect(self) -> List[Tuple[int, int]]:
+        """Take back our own freed ranges; the worker's, to be told it."""
+        theirs: List[Tuple[int, int]] = []
+        freed = self._freed
+        while freed:
+            place = freed.popleft()
+            if place[0] % 2 == CLIENT_PARITY:
+                self._heap.free(*place)
+            else:
+                theirs.append(place)
+        return theirs
+
+    def _return_own(self) -> None:
+        self._freed.extend(self._collect())
+
+    def _export(self, value: Any) -> Any:
+        """The handle of a tensor or of anything array-like, which is copied into our arena unless it lies there."""
+        if type(value) is Tensor:
+            block = value._block
+            if block._freed is not self._freed:
+                raise errors.BadTensor("the tensor belongs to another session; pass it as numpy array to copy it")
+            self._keep.append(block)
+            return value.handle()
+        value = arrays.scalar(value)
+        np = sys.modules.get("numpy")
+        if np is not None:
+            if not isinstance(value, np.ndarray) and (
+                hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+            ):
+                value = np.asarray(value)
+            handle = view_of(value, self._heap.arenas.values()) if isinstance(value, np.ndarray) else None
+            if handle is not None:
+                self._keep.append(value)  # its base keeps the block
+                return tensors.encode(handle)
+        handle = arrays.store(self._heap, value)
+        if handle is None:
+            if not isinstance(value, (int, float, str, bytes)):
+                raise TypeError(f"a {type(value).__name__} is neither a plain value nor a tensor")
+            return value
+        self._keep.append(Block(self._heap.arenas[handle.arena], handle.offset, self._freed))
+        return tensors.encode(handle)
+
+    def _resolve(self, data: bytes) -> Tensor:
+        """The tensor of a handle in a reply. It owns the range: a handle must be sent for one range only once."""
+        handle = tensors.decode(data)
+        arena = self._theirs.find(handle)
+        if handle.strides is not None:
+            raise tensors.BadTensor("a result is always in C order")
+        size = tensors.nbytes(handle.dtype, handle.shape)
+        return Tensor(Block(arena, handle.offset, self._freed), handle.dtype, handle.shape, size, data)

@@ -1,0 +1,274 @@
+"""Sessions: a worker of a service to call, blocking form."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+from nsutil import messages
+from nsutil.messages import MessageError
+from pocketd import wire
+from pocketd.client import errors
+from pocketd.client.control import Control
+from pocketd.client.core import Core, Outgoing, Reply
+from pocketd.client.login import Login, environment, open_login
+from pocketd.client.model import Model
+from pocketd.client.tensor import Tensor
+
+# After the session's socket has ended, init reports the worker's end at once; this is for an init that died too.
+REPORT = 5.0
+
+
+def login(
+    name: Optional[str] = None,
+    *,
+    directory: str = ".",
+    runtime_dir: Optional[str] = None,
+    timeout: Optional[float] = None,
+    call_timeout: Optional[float] = None,
+    progress: Optional[Callable[[str], None]] = None,
+    **fields: Any,
+) -> Session:
+    """Log in and wait until the worker is ready.
+
+    `name` is a service, for an ad hoc pocket of `directory`; or a pocket that has a definition; or None, where pocketd
+    knows by itself who asks (in an app's container). `timeout` is for the login, in seconds; `call_timeout` for each
+    call that names none. `progress` gets lines of text while a service starts. `fields` go to pocketd as they are.
+
+    Raises NotRunning, LoginRefused, ServiceFailed, WorkerDied, Timeout (all PocketError).
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    wake, cancel = os.pipe()
+    try:
+        with Control(runtime_dir, timeout) as control:
+            made = open_login(control, **request(name, directory, wake, progress, timeout), **fields)
+    except BaseException:
+        os.close(cancel)
+        raise
+    finally:
+        os.close(wake)
+    session = Session(made, cancel, call_timeout)
+    try:
+        session.wait_ready(deadline)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def request(
+    name: Optional[str], directory: str, cancel: int, progress: Any, timeout: Optional[float]
+) -> Dict[str, Any]:
+    """The arguments of `open_login` for client mode; `cancel` is the worker's end of the cancel pipe."""
+    return {
+        "mode": "client",
+        "name": name,
+        "directory": directory,
+        "start": {"environment": environment(), "directory": os.fsencode(os.getcwd())},
+        "after": [({"op": "hello"}, [cancel])],
+        "progress": progress,
+        "timeout": timeout,
+    }
+
+
+class Session:
+    """One login. Calls go to the worker one after another; threads may share a session and wait for each other.
+
+    Closing it (or leaving its `with` block) ends the worker. Tensors stay valid after that.
+    """
+
+    def __init__(self, login: Login, cancel: int, call_timeout: Optional[float] = None):
+        """Takes over the login's sockets and `cancel`, the write end of the cancel pipe. Use `login()` to make one."""
+        self.call_timeout = call_timeout
+        self.service: Optional[str] = login.reply.get("service")
+        self.pocket: Optional[str] = login.reply.get("pocket")
+        self.pid: Optional[int] = login.reply.get("pid")
+        self._sock, self._hold, self._cancel = login.session, login.hold, cancel
+        self._core = Core()
+        self._lock = threading.RLock()
+        self._current: Optional[int] = None
+        self._woken, self._waker = os.pipe()
+        for fd in (self._cancel, self._waker, self._woken):
+            os.set_blocking(fd, False)
+        self._poll = select.poll()
+        for source in (self._sock, self._hold, self._woken):
+            self._poll.register(source, select.POLLIN)
+        self._over: Optional[errors.PocketError] = None
+
+    # What an app uses
+
+    @property
+    def models(self) -> Tuple[str, ...]:
+        """Names of the models that this session may use."""
+        return self._core.models()
+
+    def model(self, name: str) -> Model:
+        """A model deployed with the service. Raises UnknownModel."""
+        return Model(self, self._core.model(name))
+
+    def load(self, path: str, timeout: Optional[float] = None) -> Model:
+        """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
+        return Model(self, self._request("load", timeout, path=path))
+
+    def tensor(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
+        """A new tensor in shared memory, 64-byte aligned, its contents undefined. Raises BadTensor."""
+        with self._lock:
+            return self._core.tensor(tuple(shape), dtype)
+
+    def call(self, target: str, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
+        """Call "module:function" of the pocket's own code in the worker and return its result.
+
+        Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors.
+        Raises RemoteError for an exception there, Timeout, Cancelled, BadTensor, BadValue, WorkerDied.
+        """
+        return self._request("call", timeout, target=target, args=args, kwargs=kwargs)
+
+    def cancel(self) -> None:
+        """Cancel the call in progress, from another thread than the one that waits for it, which gets Cancelled."""
+        with suppress(BlockingIOError):
+            if self._current is not None:
+                os.write(self._waker, b"\0")
+
+    def close(self) -> None:
+        """End the session and its worker. May be called twice, and in a forked child without harm to the parent."""
+        if self._over is None:
+            self._over = errors.SessionClosed("the session is closed")
+        own = os.getpid() == self._core.pid
+        for sock in (self._sock, self._hold):
+            # A forked child may hold these too: shutdown ends the connection itself, and only the process whose it is.
+            with suppress(OSError):
+                if own:
+                    sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for name in ("_cancel", "_woken", "_waker"):
+            fd = getattr(self, name)
+            setattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+        self._core.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_over"):
+            self.close()
+
+    # The wire
+
+    def wait_ready(self, deadline: Optional[float]) -> None:
+        """Wait for the worker's first message. `login()` does it."""
+        with self._lock:
+            while self._core.ready is None:
+                self._receive(deadline, "the worker was not ready in time")
+
+    def invoke(self, model: Any, method: Optional[str], args: Any, kwargs: Any, timeout: Optional[float]) -> Any:
+        """Run a model; `Model` calls it."""
+        return self._request("model", timeout, model=model, method=method, args=args, kwargs=kwargs)
+
+    def _request(self, op: str, timeout: Optional[float], **fields: Any) -> Any:
+        if timeout is None:
+            timeout = self.call_timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            raise errors.Timeout(f"another thread's call took the {timeout:g} s of this one")
+        try:
+            if self._over is not None:
+                raise self._over
+            if self._current is not None:
+                raise errors.PocketError("this thread is in the middle of a call of this session", "busy")
+            id, outgoing = self._core.request(op, **fields)
+            self._current = id
+            try:
+                self._send(outgoing)
+                while True:
+                    reply = self._receive(deadline, f"no reply within {timeout} s")
+                    if reply is not None and reply.id == id:
+                        break
+            except BaseException:
+                self._abandon(id)
+                raise
+            finally:
+                self._current = None
+        finally:
+            self._lock.release()
+        if reply.error is not None:
+            raise reply.error
+        return reply.value
+
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+        try:
+            for body, fd in outgoing:
+                messages.send(self._sock, body, () if fd is None else (fd,))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._died() from None
+        finally:
+            for _, fd in outgoing:
+                if fd is not None:
+                    os.close(fd)
+
+    def _receive(self, deadline: Optional[float], late: str) -> Optional[Reply]:
+        """One message, or errors: Timeout, Cancelled, WorkerDied, ProtocolError."""
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = self._poll.poll(None if left is None else left * 1000)
+        if not ready:
+            raise errors.Timeout(late)
+        if ready[0][0] != self._sock.fileno():
+            if any(fd == self._woken for fd, _ in ready):
+                os.read(self._woken, 4096)
+                raise errors.Cancelled("the call was cancelled")
+            raise self._died()
+        try:
+            return self._core.feed(*messages.receive(self._sock))
+        except (EOFError, ConnectionError):
+            raise self._died() from None
+        except MessageError as e:
+            raise self._fail(errors.ProtocolError(f"the worker sent what is no message: {e}")) from None
+        except errors.PocketError as e:
+            raise self._fail(e) from None
+
+    def _abandon(self, id: int) -> None:
+        told = self._core.abandon(id)
+        if told and self._over is None:
+            with suppress(OSError):  # a full pipe, or a worker that has ended: then nothing is there to interrupt
+                os.write(self._cancel, told)
+
+    def _died(self) -> errors.PocketError:
+        return self._fail(died(self._hold))
+
+    def _fail(self, error: errors.PocketError) -> errors.PocketError:
+        self._over = error
+        return error
+
+
+def died(hold: socket.socket) -> errors.PocketError:
+    """How the worker ended, as its init reports on the hold socket. Waits at most REPORT seconds."""
+    with suppress(EOFError, OSError, MessageError):
+        hold.settimeout(REPORT)
+        while True:
+            message, fds = wire.receive(hold)
+            fds.close()
+            if message.get("op") == "exit" and type(message.get("status")) is int:
+                return _ended(message["status"], message.get("error"))
+    return errors.WorkerDied("the worker ended, and its service's init with it or before it; nothing is known of why")
+
+
+def _ended(status: int, error: Any) -> errors.PocketError:
+    cause = wire.Error.unwire(error) if error is not None else None
+    reason = cause.message if cause else None
+    detail = {k: v for k, v in cause.detail.items() if k not in ("exit_code", "signal", "reason")} if cause else {}
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        said = f"the worker was killed by signal {number}"
+        return errors.WorkerDied(said + (f": {reason}" if reason else ""), None, number, reason, **detail)
+    code = os.WEXITSTATUS(status)
+    said = f"the worker ended with exit code {code}"
+    return errors.WorkerDied(said + (f": {reason}" if reason else ""), code, None, reason, **detail)

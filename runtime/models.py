@@ -1,0 +1,71 @@
+"""Models: loaded from a file by the framework's own loader, or made by a factory, and rehearsed.
+
+A deployed model is named by an absolute path or by "module:attribute", a factory that is called without arguments. A
+session's own is a path beneath its pocket's directory, resolved there by the kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from nsutil.beneath import open_beneath
+from pocketd.wire import Error
+from runtime.interface import CannotLoad, Model
+
+
+def load(runtime: Any, name: str, source: str) -> Model:
+    """Load and rehearse a deployed model. Raises Error("model") when there is none, and what its code raises."""
+    try:
+        model = _load_path(runtime, source) if source.startswith("/") else _make(runtime, source)
+    except (CannotLoad, FileNotFoundError) as e:
+        raise Error("model", f"model {name} ({source}): {e}") from e
+    model.rehearse()
+    return model
+
+
+def load_beneath(runtime: Any, directory: str, path: str) -> Model:
+    """Load a model from a file of the pocket, unrehearsed. Raises Error("unknown-model") and the loader's errors."""
+    top = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = open_beneath(top, path, os.O_PATH)
+    except (OSError, ValueError) as e:
+        said = e.strerror if isinstance(e, OSError) else str(e)
+        raise Error(
+            "unknown-model", f"no model can be loaded from {path!r} beneath the pocket's directory: {said}"
+        ) from None
+    finally:
+        os.close(top)
+    try:
+        # Loaders choose by a path's suffix, so they need the path, which the kernel names.
+        return _load_path(runtime, os.readlink(f"/proc/self/fd/{fd}"))
+    except CannotLoad as e:
+        raise Error("unknown-model", f"no model can be loaded from {path!r}: {e}") from None
+    finally:
+        os.close(fd)
+
+
+def _load_path(runtime: Any, path: str) -> Model:
+    if not os.path.exists(path):
+        raise CannotLoad("there is no such file")
+    if path.endswith((".pkl", ".pickle", ".joblib", ".pth")):
+        raise CannotLoad(
+            "a pickle runs code when it is read, so it is never loaded; use a factory that makes the model"
+        )
+    model: Model = runtime.load_file(path)
+    return model
+
+
+def _make(runtime: Any, source: str) -> Model:
+    module, _, attribute = source.partition(":")
+    if not attribute:
+        raise CannotLoad("neither an absolute path nor a factory module:attribute")
+    made: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        try:
+            made = getattr(made, name)
+        except AttributeError:
+            raise CannotLoad(f"module {module} has no {attribute}") from None
+    made = made()
+    return runtime.adopt_object(made) or Model(made)

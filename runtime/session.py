@@ -1,0 +1,281 @@
+"""Client mode's loop in a worker: calls come in, results go out, tensors stay in shared memory.
+
+One thread, one call at a time, one recvmsg and one send for each. What the client may send is written down in
+pocketd/client/core.py. A call that fails is an error reply and the session goes on; what is no message at all ends it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from types import FrameType
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+
+from nsutil import messages
+from nsutil.messages import Fds, MessageError
+from pocketd import arrays, tensors, wire
+from pocketd.arena import Arenas, Heap
+from pocketd.values import Format
+from pocketd.wire import Error
+from runtime import models as loading
+
+# fcntl.h, asm-generic: who gets SIGIO; one thread of ours.
+F_SETOWN_EX, F_OWNER_TID = 15, 0
+CLIENT_PARITY, WORKER_FIRST = 1, 2
+CANCEL = struct.Struct("<Q")
+MAX_TRACEBACK = 64 * 1024
+PROTOCOL = 76  # sysexits.h EX_PROTOCOL: how a worker ends whose client sent garbage
+
+
+class Cancel(BaseException):
+    """Raised in the middle of a call that its client has cancelled."""
+
+
+def serve(
+    sock: socket.socket, start: wire.Message, runtime: Any, models: Dict[str, Any], directory: Union[str, bytes]
+) -> int:
+    """Serve one client until it goes; the worker's exit code. Runs on the main thread. Takes over `sock`.
+
+    `runtime` and `models` are as runtime.interface says; `directory` is where the pocket's own modules and files are.
+    """
+    with sock:
+        return Session(sock, runtime, models, os.fsdecode(directory)).run()
+
+
+class Session:
+    """The state of the one session of this process."""
+
+    def __init__(self, sock: socket.socket, runtime: Any, models: Dict[str, Any], directory: str):
+        self._sock = sock
+        self._runtime = runtime
+        self._directory = directory
+        self._models: List[Tuple[str, Any]] = list(models.items())
+        self._functions: Dict[str, Callable[..., Any]] = {}
+        self._heap = Heap(WORKER_FIRST)
+        self._theirs = Arenas(CLIENT_PARITY)
+        self._format = Format(self._export, self._resolve)
+        self._exported: List[tensors.Handle] = []
+        self._cancel: Optional[int] = None
+        self._cancelled: Set[int] = set()
+        self._current = 0
+
+    def run(self) -> int:
+        if self._directory not in sys.path[:1]:
+            sys.path.insert(0, self._directory)
+        described = [self._describe(n) for n in range(len(self._models))]
+        try:
+            wire.send(
+                self._sock, {"op": "ready", "runtime": self._runtime.__name__.rpartition(".")[2], "models": described}
+            )
+            while True:
+                body, fds = messages.receive(self._sock)
+                if len(fds):
+                    with fds:
+                        self._receive_fds(self._format.unpack(body), fds)
+                    continue
+                self._handle(self._format.unpack(body))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0
+        except MessageError as e:
+            with suppress(OSError):
+                failed = {"op": "failed", "error": Error("protocol", f"the client broke the protocol: {e}").wire()}
+                wire.send(self._sock, failed, flags=socket.MSG_DONTWAIT)
+            return PROTOCOL
+
+    # Requests
+
+    def _receive_fds(self, message: wire.Message, fds: Fds) -> None:
+        """The two messages that carry a descriptor; each carries one."""
+        op, number = message.get("op"), message.get("arena")
+        if len(fds) != 1 or op not in ("hello", "arena"):
+            raise MessageError(f"{len(fds)} descriptors where none belong")
+        if op == "arena":
+            if type(number) is not int:
+                raise MessageError("an arena without a number")
+            try:
+                self._theirs.receive(number, next(iter(fds)))
+            except tensors.BadTensor as e:
+                raise MessageError(e.message) from None
+        elif self._cancel is None:
+            self._listen(fds.take())
+
+    def _handle(self, message: wire.Message) -> None:
+        id = message.get("id")
+        if type(id) is not int or id <= 0:
+            raise MessageError("a request without an id")
+        try:
+            for arena, offset in message.get("free", ()):
+                self._heap.free(arena, offset)
+            for arena in message.get("drop", ()):
+                self._theirs.drop(arena)
+        except (TypeError, ValueError, tensors.BadTensor):
+            raise MessageError("a list of freed ranges that is none") from None
+        reply = self._answer(id, message)
+        del message  # tensors of the call are views of the client's memory: let go before the client may reuse it
+        for number, fd in self._heap.fresh:
+            announcement = self._format.pack({"v": wire.VERSION, "op": "arena", "arena": number})
+            try:
+                messages.send(self._sock, announcement, [fd])
+            finally:
+                os.close(fd)
+        self._heap.fresh.clear()
+        messages.send(self._sock, reply)
+
+    def _answer(self, id: int, message: wire.Message) -> bytes:
+        """Do what is asked; the packed reply. Whatever goes wrong in a call is a reply too."""
+        self._exported.clear()
+        try:
+            fault = self._format.fault()
+            if fault:
+                raise fault
+            self._current = id
+            if id in self._cancelled:
+                raise Cancel
+            value = self._do(message)
+            packed = self._pack({"v": wire.VERSION, "id": id, "ok": True, "value": value})
+            self._current = 0
+            return packed
+        except BaseException as e:
+            self._current = 0
+            for handle in self._exported:  # a result that was packed in part only
+                self._heap.free(handle.arena, handle.offset)
+            error = e if isinstance(e, Error) else self._error(e)
+            return self._format.pack({"v": wire.VERSION, "id": id, "error": error.wire()})
+
+    def _pack(self, reply: wire.Message) -> bytes:
+        dropped, self._heap.dropped = self._heap.dropped, []
+        packed = self._format.pack({**reply, "drop": dropped} if dropped else reply)
+        if len(packed) > messages.MAX_BODY:
+            raise Error(
+                "bad-value",
+                f"the result takes {len(packed)} bytes, at most {messages.MAX_BODY} travel; return an array",
+            )
+        return packed
+
+    def _do(self, message: wire.Message) -> Any:
+        op = message.get("op")
+        if op == "load":
+            return self._load(wire.field(message, "path", str))
+        if op == "call":
+            target = wire.field(message, "target", str)
+            function = self._functions.get(target) or self._find(target)
+        elif op == "model":
+            model = self._model(message.get("model"))
+            method = wire.field(message, "method", str, None) if message.get("method") is not None else None
+            function = model if method is None else model.method(method)
+        else:
+            raise Error("bad-request", f"there is no operation {str(op)[:40]!r} in a session")
+        args, kwargs = message.get("args", ()), message.get("kwargs", {})
+        if type(args) not in (tuple, list) or type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
+            raise Error("bad-request", "args must be a sequence and kwargs a map with string keys")
+        return function(*args, **kwargs)
+
+    def _find(self, target: str) -> Callable[..., Any]:
+        """The function "module:function", imported from the pocket's directory first."""
+        module, _, attribute = target.partition(":")
+        if not module or not attribute:
+            raise Error("bad-request", f"{target!r} names no function; write module:function")
+        found: Any = importlib.import_module(module)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+        if not callable(found):
+            raise TypeError(f"{target} is not callable")
+        self._functions[target] = found
+        function: Callable[..., Any] = found
+        return function
+
+    def _load(self, path: str) -> wire.Message:
+        self._models.append((path, loading.load_beneath(self._runtime, self._directory, path)))
+        return self._describe(len(self._models) - 1)
+
+    def _model(self, key: Any) -> Any:
+        if type(key) is int and 0 <= key < len(self._models):
+            return self._models[key][1]
+        raise Error("unknown-model", "the session has no model of that number")
+
+    def _describe(self, number: int) -> wire.Message:
+        name, model = self._models[number]
+        return {"name": name, "number": number, "inputs": getattr(model, "inputs", None)}
+
+    # Tensors in values
+
+    def _resolve(self, data: bytes) -> Any:
+        """A numpy array (a memoryview where there is no numpy) over the memory that a checked handle names."""
+        handle = tensors.decode(data)
+        ours = self._heap.arenas.get(handle.arena)
+        if ours is not None:
+            tensors.check(handle, ours.size)
+            arena = ours
+        else:
+            arena = self._theirs.find(handle)
+        np = tensors.numpy()
+        if np is not None:
+            return arrays.view(np, arena, handle.offset, handle.dtype, handle.shape, handle.strides)
+        if handle.strides is not None:
+            raise tensors.BadTensor("a tensor with strides needs numpy in the service")
+        size = tensors.nbytes(handle.dtype, handle.shape)
+        return tensors.buffer(memoryview(arena.map)[handle.offset : handle.offset + size], handle.dtype, handle.shape)
+
+    def _export(self, value: Any) -> Any:
+        """A result's array or tensor, copied once into our arena."""
+        array = self._runtime.arrays(value)
+        if array is None:
+            array = arrays.scalar(value)
+            if isinstance(array, (int, float, str, bytes)):
+                return array
+        handle = arrays.store(self._heap, array)
+        if handle is None:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"the result holds a {kind}, which is neither a plain value nor a tensor")
+        self._exported.append(handle)
+        return tensors.encode(handle)
+
+    # Errors and cancellation
+
+    def _error(self, e: BaseException) -> Error:
+        if isinstance(e, Cancel):
+            return Error("cancelled", "the call was cancelled")
+        tb = e.__traceback__
+        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+            tb = tb.tb_next
+        try:
+            said = str(e)
+        except Exception:
+            said = "(its message cannot be shown)"
+        text = "".join(traceback.format_exception(type(e), e, tb))
+        return Error("remote", said[:MAX_TRACEBACK], type=type(e).__name__, traceback=text[-MAX_TRACEBACK:])
+
+    def _listen(self, pipe: int) -> None:
+        """Have the kernel interrupt this thread, by SIGIO, when the client writes the number of a cancelled call.
+
+        A second thread would cost every call; the signal costs those that are cancelled. fcntl(2), F_SETOWN_EX.
+        """
+        self._cancel = pipe
+        os.set_blocking(pipe, False)
+        signal.signal(signal.SIGIO, self._interrupt)
+        fcntl.fcntl(pipe, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+        self._interrupt(signal.SIGIO, None)  # what was written before
+
+    def _interrupt(self, number: int, frame: Optional[FrameType]) -> None:
+        with suppress(BlockingIOError):
+            while self._cancel is not None:
+                data = os.read(self._cancel, 4096)
+                if not data:
+                    break
+                self._cancelled.update(id for (id,) in CANCEL.iter_unpack(data[: len(data) // 8 * 8]))
+        current = self._current
+        if current in self._cancelled:
+            self._current = 0
+            raise Cancel
+        if not current:
+            return
+        self._cancelled = {id for id in self._cancelled if id > current}
