@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -370,19 +371,29 @@ def test_an_authors_directory_is_refused(load, conf):
 
 
 def test_an_authors_file_is_read_up_to_a_size(load, author):
-    author("#" * config.AUTHORS_LIMIT)
+    comment = "#" * 63 + "\n"
+    author(comment * (config.AUTHORS_LIMIT // len(comment)))
     assert told(load(POCKET)) == ""
-    author("#" * (config.AUTHORS_LIMIT + 1))
+    author(comment * (config.AUTHORS_LIMIT // len(comment)) + "#")
     assert f"more than {config.AUTHORS_LIMIT} bytes" in told(load(POCKET))
 
 
 @pytest.mark.parametrize(
     "text", ["a = " + "[" * 30_000, ".".join("a" * 15_000) + " = 1", "[" + ".".join("a" * 15_000) + "]"]
 )
-def test_an_authors_file_made_to_be_deep_is_a_problem_not_a_crash(load, author, text):
+def test_an_authors_file_made_to_be_deep_is_a_problem_and_takes_no_time(load, author, text):
     author(text)
+    start = time.process_time()
     found = load(POCKET)
+    assert time.process_time() - start < 0.2
     assert found.problems and list(found.invalid) == ["detect"]
+
+
+def test_a_deep_authors_file_of_many_short_lines_is_a_problem_and_takes_no_time(load, author):
+    author("".join(f"{'.'.join('a' * 490)}.k{n} = 1\n" for n in range(65)))
+    start = time.process_time()
+    assert "is not a key that is known here" in told(load(POCKET))
+    assert time.process_time() - start < 0.5
 
 
 def test_what_an_author_writes_cannot_paint_the_operators_terminal(load, author):
