@@ -62,6 +62,7 @@ class Cgroup(Node, Attributes):
     def __init__(self, name: str | bytes, parent: Cgroup | None = None):
         """Open the existing cgroup `name` beneath `parent`; for the root, `name` is the path of the cgroup2 mount.
 
+        `name` may lead through several ("pockets/detect"), each part of it ours or checked: nothing here stops "..".
         Raises FileNotFoundError where there is none.
         """
         super().__init__(name, parent)
