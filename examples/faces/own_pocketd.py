@@ -39,6 +39,8 @@ class OwnPocketd:
         self._on: list[str] = []
 
     def __enter__(self) -> OwnPocketd:
+        if not (BIN / "pocketd").exists():
+            raise Trouble(f"pocketd is not installed in {BIN}: `make run` sets everything up")
         flags = [str(word) for place in self._places.items() for word in place]
         with open(self.log, "wb") as log:
             # A session of its own: Ctrl-C reaches this program alone, which then stops things in their order.
