@@ -32,8 +32,10 @@ SYS_MOUNT_SETATTR = 442
 _MACHINE = platform.machine()
 if _MACHINE == "x86_64":
     SYS_PIVOT_ROOT, SYS_CAPSET, SYS_KEYCTL = 155, 126, 250
+    SYS_SETGROUPS, SYS_SETRESUID, SYS_SETRESGID = 116, 117, 119
 elif _MACHINE == "aarch64":
     SYS_PIVOT_ROOT, SYS_CAPSET, SYS_KEYCTL = 41, 91, 219
+    SYS_SETGROUPS, SYS_SETRESUID, SYS_SETRESGID = 159, 147, 149
 else:
     raise ImportError(f"pocketd runs on x86-64 and aarch64; this machine is {_MACHINE}")
 

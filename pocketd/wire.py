@@ -86,7 +86,7 @@ def field(message: Message, key: str, kind: type, default: Optional[Any] = ...) 
     value = message.get(key, default)
     if value is ...:
         raise Error("bad-request", f"the request has no {key!r}")
-    if value is default and key not in message:
+    if value is default:
         return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise Error("bad-request", f"{key!r} must be {kind.__name__}, not {type(value).__name__}")

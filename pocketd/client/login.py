@@ -45,6 +45,7 @@ def open_login(
     start: Dict[str, Any],
     fds: Iterable[int] = (),
     after: Iterable[Queued] = (),
+    shared: Iterable[Tuple[str, int]] = (),
     progress: Optional[Callable[[str], None]] = None,
     timeout: Optional[float] = None,
     **fields: Any,
@@ -52,7 +53,7 @@ def open_login(
     """Log in to the service or pocket called `name` (None: pocketd chooses) and return the session.
 
     `start` is the start message without "op" and "mode"; `fds` are sent with it (a program's 0, 1, 2) and `after` are
-    messages queued behind it; all descriptors stay the caller's. `directory` is where an ad hoc pocket's files are:
+    messages queued behind it; `shared` are further descriptors for the request, each with its role; all descriptors stay the caller's. `directory` is where an ad hoc pocket's files are:
     it is opened here, so that pocketd and we cannot mean two different ones; None for a pocket that has a definition.
     `fields` go into the request as they are. `timeout` in seconds is for all of it, retries included: when pocketd ends
     in mid-call, the same login is sent to the next one, which attaches to what there is.
@@ -75,6 +76,9 @@ def open_login(
                 fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 until_reply.callback(os.close, fd)
                 roles.append("dir")
+                sent.append(fd)
+            for role, fd in shared:
+                roles.append(role)
                 sent.append(fd)
             request = {
                 "session": secrets.token_hex(16),

@@ -1,0 +1,156 @@
+"""Mounts: the calls, and the few operations that services and workers are made of.
+
+Sources: mount(2), open_tree(2), move_mount(2), mount_setattr(2), pivot_root(2), linux/mount.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import struct
+from typing import Iterable
+
+from nsutil.syscalls import (
+    SYS_MOUNT_SETATTR,
+    SYS_MOVE_MOUNT,
+    SYS_OPEN_TREE,
+    SYS_PIVOT_ROOT,
+    check,
+    libc,
+    syscall,
+)
+
+# linux/mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_STRICTATIME = 0x20, 0x1000, 0x4000, 0x40000, 0x1000000
+MNT_DETACH = 2
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x4, 0x00100000
+# linux/fcntl.h
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int = 0, data: str | None = None) -> None:
+    words = [w.encode() if w is not None else None for w in (source, target, kind, data)]
+    check(libc.mount(words[0], words[1], words[2], flags, words[3]), "mount", f"{kind or 'flags'} on {target}")
+
+
+def unmount(target: str) -> None:
+    """Detach what is mounted at `target`; it goes when nobody uses it any more."""
+    check(libc.umount2(target.encode(), MNT_DETACH), "umount2", target)
+
+
+def private() -> None:
+    """Let no mount of this namespace propagate anywhere."""
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+
+
+def pivot(root: str) -> None:
+    """Make `root`, a mount point, the root of this mount namespace and drop the old one."""
+    os.chdir(root)
+    here = ctypes.c_char_p(b".")
+    syscall(SYS_PIVOT_ROOT, here, here, call="pivot_root", detail=root)  # pivot_root(".", "."), see its man page
+    unmount(".")
+    os.chdir("/")
+
+
+def open_tree(path: str | bytes, *, at: int = AT_FDCWD, recursive: bool = False) -> int:
+    """A detached copy of the mount at `path` (or of descriptor `at` itself, when `path` is empty), from there downwards.
+
+    Returns a descriptor that the caller owns; closing it before it was attached undoes everything. EINVAL when the
+    descriptor belongs to another mount namespace.
+    """
+    name = os.fsencode(path)
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (0 if name else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
+    detail = os.fsdecode(name) or f"descriptor {at}"
+    return syscall(SYS_OPEN_TREE, at, ctypes.c_char_p(name), flags, call="open_tree", detail=detail)
+
+
+def set_attributes(
+    tree: int, set_: int, *, clear: int = 0, userns: int | None = None, recursive: bool = False, path: str = ""
+) -> None:
+    """Change MOUNT_ATTR_* of a detached tree, or of the mount at `path`. `userns`: see namespaces.id_map."""
+    if userns is not None:
+        set_ |= MOUNT_ATTR_IDMAP
+    block = ctypes.create_string_buffer(struct.pack("4Q", set_, clear, 0, userns or 0), 32)
+    flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
+    name = ctypes.c_char_p(path.encode())
+    syscall(SYS_MOUNT_SETATTR, tree, name, flags, block, 32, call="mount_setattr", detail=path or f"tree {tree}")
+
+
+def attach(tree: int, target: str) -> None:
+    """Attach a detached tree at `target`. The descriptor stays the caller's."""
+    empty, name = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(target))
+    syscall(SYS_MOVE_MOUNT, tree, empty, AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH, call="move_mount", detail=target)
+
+
+def bind(source: str, target: str, *, read_only: bool = True, extra: int = 0, recursive: bool = False) -> None:
+    """Show `source` at `target` as well. `extra`: further MOUNT_ATTR_*."""
+    tree = open_tree(source, recursive=recursive)
+    try:
+        wanted = (MOUNT_ATTR_RDONLY if read_only else 0) | extra
+        if wanted:
+            set_attributes(tree, wanted, recursive=recursive)
+        attach(tree, target)
+    finally:
+        os.close(tree)
+
+
+def tmpfs(target: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV, inodes: int = 0) -> None:
+    """An empty file system in memory of at most `size` bytes, charged to the cgroup of who writes."""
+    data = f"size={size},mode={mode:o}" + (f",nr_inodes={inodes}" if inodes else "")
+    mount("tmpfs", target, "tmpfs", flags, data)
+
+
+def point(target: str, like: str) -> None:
+    """Make a mount point for a bind of `like`: a directory for a directory, an empty file for anything else."""
+    if stat.S_ISDIR(os.stat(like).st_mode):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
+
+
+def make_room(target: str, made: list[str]) -> None:
+    """Make it possible to create `target`, which does not exist, where the file system beneath is read-only.
+
+    The nearest directory above it that does exist gets a small tmpfs, in which everything that stood there is shown
+    again as it was. Each tmpfs made so is added to `made`; close them with `seal`.
+    """
+    above = os.path.dirname(target)
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    if any(above == m or above.startswith(m + "/") for m in made) or os.access(above, os.W_OK):
+        return
+    old = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        inside = f"/proc/self/fd/{old}"
+        entries = os.listdir(inside)
+        tmpfs(above, size=1 << 20)
+        made.append(above)
+        for name in entries:
+            show(f"{inside}/{name}", f"{above}/{name}")
+    finally:
+        os.close(old)
+
+
+def show(source: str, target: str) -> None:
+    """Show one directory entry at `target`, whatever it is; a symbolic link is copied."""
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return
+    point(target, source)
+    tree = open_tree(source, recursive=True)
+    try:
+        attach(tree, target)
+    finally:
+        os.close(tree)
+
+
+def seal(made: Iterable[str]) -> None:
+    """Make what `make_room` made read-only."""
+    for path in made:
+        set_attributes(AT_FDCWD, MOUNT_ATTR_RDONLY, path=path)

@@ -1,0 +1,85 @@
+"""Giving up privilege, while the process has one thread: what is dropped then, every later thread lacks as well.
+
+Sources: capabilities(7), prctl(2), keyctl_join_session_keyring(3), linux/capability.h, linux/prctl.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import struct
+
+from nsutil.syscalls import (
+    SYS_CAPSET,
+    SYS_KEYCTL,
+    SYS_SETGROUPS,
+    SYS_SETRESGID,
+    SYS_SETRESUID,
+    libc,
+    prctl,
+    syscall,
+)
+
+# linux/prctl.h
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+PR_SET_NAME = 15
+# linux/capability.h
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+# linux/keyctl.h
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+
+
+def drop_bounding_set() -> None:
+    """Let no execve(2) from here on gain a capability. What the process holds now it keeps. Inherited by forks."""
+    capability = 0
+    while libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # EINVAL past the last that the kernel knows
+        prctl(PR_CAPBSET_DROP, capability, call="prctl(PR_CAPBSET_DROP)")
+        capability += 1
+
+
+def drop_capabilities() -> None:
+    """Empty the effective, permitted, inheritable and ambient sets."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, call="prctl(PR_CAP_AMBIENT)")
+    header = ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), 8)
+    syscall(SYS_CAPSET, header, ctypes.create_string_buffer(24), call="capset")
+
+
+def become(uid: int, gid: int) -> None:
+    """Take on an identity for good, with no supplementary group, no capability and no way to gain any."""
+    # The system calls, not libc's functions: those would tell every thread that libc knows of, and wait for threads
+    # which in a live fork's child are not there yet (nptl(7), "signal-based ... UIDs and GIDs").
+    syscall(SYS_SETGROUPS, 0, 0, call="setgroups")
+    syscall(SYS_SETRESGID, gid, gid, gid, call="setresgid", detail=str(gid))
+    syscall(SYS_SETRESUID, uid, uid, uid, call="setresuid", detail=str(uid))
+    drop_capabilities()
+    prctl(PR_SET_NO_NEW_PRIVS, 1, call="prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def new_session_keyring() -> None:
+    """An anonymous session keyring in place of the inherited one. Kernels built without keyrings have none to share."""
+    try:
+        syscall(SYS_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, 0, call="keyctl(KEYCTL_JOIN_SESSION_KEYRING)")
+    except OSError:
+        pass
+
+
+def dumpable(on: bool) -> None:
+    """Whether others of the same uid may trace this process, and whether it owns its /proc/self."""
+    prctl(PR_SET_DUMPABLE, int(on), call="prctl(PR_SET_DUMPABLE)")
+
+
+def set_name(name: str) -> None:
+    """The process's name as ps and top show it: at most 15 bytes."""
+    text = ctypes.create_string_buffer(name.encode()[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(text), call="prctl(PR_SET_NAME)")
+
+
+def lower_limits(limits: dict[int, int]) -> None:
+    """Set soft and hard limits of setrlimit(2), never above what holds now."""
+    for kind, wanted in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        value = wanted if hard == resource.RLIM_INFINITY or 0 <= wanted <= hard else hard
+        resource.setrlimit(kind, (value, value))

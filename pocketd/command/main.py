@@ -1,0 +1,162 @@
+"""`pocket`: its verbs. What is not a verb is a service or a pocket: `pocket tensorflow on`, `pocket detect photo.jpg`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, NoReturn
+
+from pocketd.client import errors
+from pocketd.client.control import Control
+from pocketd.command import run, show
+
+USAGE = """\
+usage: pocket SERVICE on | off               switch a service on or off (also: pocket on SERVICE)
+       pocket run [OPTIONS] PROGRAM [ARG...]  run a program in a pocket; see pocket run --help
+       pocket NAME [ARG...]                   run a pocket that has a definition
+       pocket ps                              what there is
+       pocket logs NAME [-n LINES]            the log of a service or a pocket
+       pocket stop NAME                       end a pocket's sessions
+
+Options of all but run: --json, --runtime-dir DIR (or POCKETD_RUNTIME_DIR)
+"""
+
+
+class Options:
+    """What stands before or among a verb's words."""
+
+    def __init__(self, words: list[str]):
+        self.json = False
+        self.runtime_dir: str | None = None
+        self.lines = 200
+        self.words: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            if word == "--json":
+                self.json = True
+            elif word == "--runtime-dir" and rest:
+                self.runtime_dir = rest.pop(0)
+            elif word.startswith("--runtime-dir="):
+                self.runtime_dir = word.partition("=")[2]
+            elif word in ("-n", "--lines") and rest and rest[0].isdigit():
+                self.lines = int(rest.pop(0))
+            elif word.startswith("-"):
+                usage(f"there is no option {word}")
+            else:
+                self.words.append(word)
+
+
+def usage(complaint: str = "") -> NoReturn:
+    sys.stderr.write(f"pocket: {complaint}\n{USAGE}" if complaint else USAGE)
+    sys.exit(run.FAILED)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    directory = None
+    while words and words[0].startswith("--runtime-dir"):
+        word = words.pop(0)
+        directory = word.partition("=")[2] if "=" in word else words.pop(0) if words else usage("--runtime-dir needs a value")
+    if directory:
+        os.environ["POCKETD_RUNTIME_DIR"] = directory
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        sys.exit(0 if words else run.FAILED)
+    first = words[0]
+    try:
+        if first == "run":
+            run.main(words[1:])
+        elif first == "--version":
+            from pocketd import __version__
+
+            print(f"pocket {__version__}")
+        elif first in VERBS:
+            VERBS[first](Options(words[1:]))
+        elif first.startswith("-"):
+            usage(f"there is no option {first}")
+        elif len(words) >= 2 and words[1] in ("on", "off") and not is_pocket(first):
+            VERBS[words[1]](Options([first, *words[2:]]))
+        else:
+            run.main([], run.Request(name=first, pocket=True, arguments=words[1:]))
+    except errors.PocketError as e:
+        sys.stderr.write(f"pocket: {e}\n")
+        sys.exit(run.NOT_FOUND if e.code == "not-found" else run.FAILED)
+    except BrokenPipeError:
+        os._exit(run.FAILED)
+    except KeyboardInterrupt:
+        run.die_by(2)
+
+
+def is_pocket(name: str) -> bool:
+    """`pocket NAME on` switches a service; a pocket called so gets the word "on" as its argument."""
+    with Control() as control:
+        try:
+            return bool(control.call("describe", name=name)["kind"] == "pocket")
+        except errors.PocketError:
+            return False
+
+
+def switch(verb: str, options: Options) -> None:
+    if len(options.words) != 1:
+        usage(f"{verb} needs the name of one service")
+    name = options.words[0]
+
+    def progress(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    with Control(options.runtime_dir) as control:
+        reply = control.call(verb, progress=progress, name=name)
+    if options.json:
+        print(json.dumps({"service": name, "state": verb, "already": reply["already"]}))
+    else:
+        print(f"{name} is {'already ' if reply['already'] else ''}{verb}")
+
+
+def on(options: Options) -> None:
+    switch("on", options)
+
+
+def off(options: Options) -> None:
+    switch("off", options)
+
+
+def ps(options: Options) -> None:
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("ps"))
+    print(json.dumps(reply, indent=1) if options.json else show.table(reply), end="\n" if options.json else "")
+
+
+def logs(options: Options) -> None:
+    if len(options.words) != 1:
+        usage("logs needs the name of a service or a pocket")
+    with Control(options.runtime_dir) as control:
+        reply = control.call("logs", name=options.words[0], lines=options.lines)
+    if options.json:
+        print(json.dumps({"name": options.words[0], "lines": reply["lines"]}, indent=1))
+    else:
+        for line in reply["lines"]:
+            print(line)
+
+
+def stop(options: Options) -> None:
+    if len(options.words) != 1:
+        usage("stop needs the name of a pocket, or the id of a session")
+    with Control(options.runtime_dir) as control:
+        reply = control.call("stop", name=options.words[0])
+    if options.json:
+        print(json.dumps({"name": options.words[0], "stopped": reply["stopped"]}))
+    else:
+        print(f"{options.words[0]}: {reply['stopped']} session{'' if reply['stopped'] == 1 else 's'} ended")
+
+
+def _plain(reply: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in reply.items() if key not in ("v", "id", "ok")}
+
+
+VERBS = {"on": on, "off": off, "ps": ps, "logs": logs, "stop": stop}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Tables for people: `pocket ps`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(reply: dict[str, Any]) -> str:
+    """Services, their templates, pockets and workers, each with a heading line."""
+    parts = [
+        columns(
+            ("SERVICE", "RUNTIME", "STATE", "PID", "AGE", "MODELS"),
+            [
+                (s["name"], s["runtime"], s["state"], s["pid"] or "-", age(s["age"]), ",".join(s["models"]) or "-")
+                for s in reply["services"]
+            ],
+        ),
+        columns(
+            ("TEMPLATE", "SERVICE", "KIND", "STATE", "PID", "AGE", *_MEMORY),
+            [
+                (t["number"], t["service"], t["kind"], t["state"], t["pid"], age(t["age"]), *memory(t))
+                for t in reply["templates"]
+            ],
+        ),
+        columns(
+            ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED"),
+            [(p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged"))) for p in reply["pockets"]],
+        ),
+        columns(
+            ("WORKER", "POCKET", "SERVICE", "MODE", "STATE", "PID", "AGE", *_MEMORY),
+            [
+                (w["session"][:12], w["pocket"], w["service"], w["mode"], w["state"], w["pid"], age(w["age"]), *memory(w))
+                for w in reply["workers"]
+            ],
+        ),
+    ]
+    failed = [f"{s['name']}: {s['why']}\n" for s in reply["services"] if s.get("why")]
+    return "\n".join(part for part in parts if part) + ("\n" + "".join(failed) if failed else "")
+
+
+_MEMORY = ("CHARGED", "PRIVATE", "SHARED", "CPU")
+
+
+def memory(row: dict[str, Any]) -> tuple[str, ...]:
+    return size(row["charged"]), size(row["private"]), size(row["shared"]), f"{row['cpu']:.2f}s"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / (1 << 20):.1f}M" if count < 1 << 30 else f"{count / (1 << 30):.2f}G"
+
+
+def age(seconds: float) -> str:
+    whole = max(0, int(seconds))
+    if whole < 120:
+        return f"{whole}s"
+    return f"{whole // 60}m" if whole < 7200 else f"{whole // 3600}h" if whole < 172800 else f"{whole // 86400}d"
+
+
+def columns(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Left-aligned columns; nothing when there are no rows."""
+    if not rows:
+        return ""
+    lines = [heading, *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(heading))]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() + "\n" for line in lines)

@@ -1,0 +1,195 @@
+"""The control socket: who connects, what they may ask, one answer to each request.
+
+A peer that sends what is no message loses its connection, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from nsutil import processes
+from nsutil.messages import Fds
+from pocketd import events, launch, observe, wire
+from pocketd.link import Link
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+
+CONNECTIONS = 512  # at once; the listening queue holds those beyond
+_PENDING = 16  # requests of one connection at once
+
+
+class Connection:
+    """One client of the control socket, known by the kernel's word."""
+
+    def __init__(self, daemon: Daemon, sock: socket.socket, peer: processes.Peer, gone: Callable[[Connection], None]):
+        self.daemon = daemon
+        self.peer = peer
+        self._gone = gone
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.link = Link(sock, self._handle, self._closed)
+
+    def _closed(self, reason: str) -> None:
+        if not self._tasks:
+            self._release()
+
+    def _release(self) -> None:
+        if self.peer.pidfd >= 0:
+            os.close(self.peer.pidfd)
+            self.peer = processes.Peer(self.peer.pid, self.peer.uid, self.peer.gid, -1)
+            self._gone(self)
+
+    def _handle(self, message: Message, fds: Fds) -> None:
+        if len(self._tasks) >= _PENDING:
+            fds.close()
+            self.link.close("too many requests at once")
+            return
+        task = asyncio.ensure_future(self._answer(message, fds))
+        self._tasks.add(task)
+        task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self.link.sock is None and not self._tasks:
+            self._release()
+
+    async def _answer(self, message: Message, fds: Fds) -> None:
+        number = message.get("id")
+        reports: list[asyncio.Task[None]] = []
+
+        def progress(text: str) -> None:
+            reports.append(asyncio.ensure_future(self._say({"id": number, "progress": text})))
+
+        with fds:
+            try:
+                operation = OPERATIONS.get(str(message.get("op")))
+                if operation is None:
+                    raise Error("bad-request", f"there is no operation {message.get('op')!r}")
+                result = await operation(self, message, fds, progress)
+                reply: Message = {"id": number, "ok": True, **result}
+            except Error as e:
+                reply = {"id": number, "error": e.wire()}
+            except (OSError, ConnectionError, TimeoutError) as e:
+                reply = {"id": number, "error": Error("kernel", f"{type(e).__name__}: {e}").wire()}
+            except Exception as e:  # a fault of ours ends this request, not the daemon
+                events.emit("fault", "error", operation=str(message.get("op")), why=f"{type(e).__name__}: {e}")
+                reply = {"id": number, "error": Error("internal", f"{type(e).__name__}: {e}").wire()}
+        for report in reports:
+            await report
+        await self._say(reply)
+
+    async def _say(self, message: Message) -> None:
+        try:
+            await self.link.send(message)
+        except ConnectionError:
+            pass
+
+    def must_be_root(self, what: str) -> None:
+        if self.peer.uid != 0:
+            raise Error("forbidden", f"only root may {what}")
+
+
+Operation = Callable[[Connection, Message, Fds, Callable[[str], None]], Awaitable[Message]]
+
+
+async def _login(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return await launch.login(c.daemon, c.peer, message, fds, progress)
+
+
+async def _describe(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return c.daemon.describe(wire.field(message, "name", str), c.peer)
+
+
+async def _on(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    c.must_be_root("switch a service on")
+    service = c.daemon.service(wire.field(message, "name", str))
+    already = service.state == "on"
+    await service.on(progress)
+    return {"already": already}
+
+
+async def _off(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    c.must_be_root("switch a service off")
+    service = c.daemon.service(wire.field(message, "name", str))
+    already = service.state == "off"
+    await service.off()
+    return {"already": already}
+
+
+async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return observe.ps(c.daemon, c.peer)
+
+
+async def _logs(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    lines = wire.field(message, "lines", int, 200)
+    return {"lines": observe.logs(c.daemon, c.peer, wire.field(message, "name", str), max(1, min(lines, 10000)))}
+
+
+async def _stop(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    name = wire.field(message, "name", str)
+    timeout = wire.field(message, "timeout", int, 10)
+    return {"stopped": await c.daemon.stop_sessions(name, c.peer, max(0, min(timeout, 600)))}
+
+
+OPERATIONS: dict[str, Operation] = {
+    "login": _login,
+    "describe": _describe,
+    "on": _on,
+    "off": _off,
+    "ps": _ps,
+    "logs": _logs,
+    "stop": _stop,
+}
+
+
+class Control:
+    """The listening socket. It owns the socket and its name."""
+
+    def __init__(self, daemon: Daemon, path: str, group: int | None):
+        self.daemon = daemon
+        self.path = path
+        self.connections: set[Any] = set()
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        temporary = f"{path}.{os.getpid()}"
+        self.sock.bind(temporary)
+        os.chmod(temporary, 0o660 if group is not None else 0o600)
+        if group is not None:
+            os.chown(temporary, 0, group)
+        self.sock.listen(1024)
+        self.sock.setblocking(False)
+        os.rename(temporary, path)  # over the name that an earlier pocketd left
+        asyncio.get_running_loop().add_reader(self.sock, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self.sock.accept()
+        except OSError as e:
+            if not isinstance(e, BlockingIOError):
+                events.emit("accept-failed", "warning", why=str(e))
+            return
+        try:
+            peer = processes.peer(sock)
+        except (processes.Gone, OSError):
+            sock.close()
+            return
+        if len(self.connections) >= CONNECTIONS:
+            events.emit("too-many-connections", "warning", limit=CONNECTIONS)
+            os.close(peer.pidfd)
+            sock.close()
+            return
+        self.connections.add(Connection(self.daemon, sock, peer, self.connections.discard))
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.sock)
+        self.sock.close()
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        for connection in list(self.connections):
+            connection.link.close("pocketd ends")

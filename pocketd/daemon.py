@@ -1,0 +1,248 @@
+"""pocketd: read the configuration, take over what is on, answer the control socket, leave everything running at the end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import grp
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
+from cgroup.limits import CONTROLLERS
+from nsutil import processes
+from pocketd import __version__, config, events, permissions
+from pocketd.control import Control
+from pocketd.definitions import Config, Pocket, Service
+from pocketd.identities import Identities
+from pocketd.services import RunningService
+from pocketd.wire import Error, Message
+
+OLDEST_KERNEL = (6, 1)
+
+
+class Daemon:
+    """All that pocketd knows. Owns every descriptor in it."""
+
+    def __init__(self, settings: Config, hierarchy: Hierarchy, cgroup: str, runtime_dir: Path, state_dir: Path):
+        self.config = settings
+        self.hierarchy = hierarchy
+        self.runtime_dir = runtime_dir
+        self.state_dir = state_dir
+        self.base = hierarchy.base(cgroup, CONTROLLERS)
+        self.identities = Identities(state_dir / "ids.json")
+        self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self.services = {
+            name: RunningService(d, hierarchy, self.base, runtime_dir, state_dir) for name, d in settings.services.items()
+        }
+
+    def service(self, name: str) -> RunningService:
+        if name in self.services:
+            return self.services[name]
+        if name in self.config.invalid:
+            why = "; ".join(f"{p.key}: {p.message}" for p in self.config.invalid[name])
+            raise Error("invalid", f"{name} has a wrong definition: {why}")
+        if name in self.config.pockets:
+            raise Error("not-a-service", f"{name} is a pocket; services are {self._names()}")
+        raise Error("not-found", f"there is no service {name!r}; services are {self._names()}")
+
+    def _names(self) -> str:
+        return ", ".join(sorted(self.services)) or "none"
+
+    async def resolve(self, name: str | None, peer: processes.Peer) -> tuple[RunningService, Pocket | None]:
+        """The service, and the pocket's definition if `name` has one, that a login is for."""
+        if name is None:
+            if len(self.services) != 1 and "tensorflow" not in self.services:
+                raise Error("ambiguous", f"name the service to log in to: {self._names()}")
+            name = "tensorflow" if "tensorflow" in self.services else next(iter(self.services))
+        pocket = self.config.pockets.get(name)
+        if pocket is None:
+            return self._startable(self.service(name)), None
+        permissions.check_may_run(pocket, peer)
+        if pocket.service is not None:
+            return self._startable(self.service(pocket.service)), pocket
+        if len(self.services) == 1:
+            return self._startable(next(iter(self.services.values()))), pocket
+        raise Error("ambiguous", f"pocket {name} names no service; write service = one of {self._names()}")
+
+    def _startable(self, service: RunningService) -> RunningService:
+        if service.state != "on" and service.definition.start == "manual":
+            raise Error("service-off", f"service {service.name} is off; switch it on by: pocket {service.name} on")
+        return service
+
+    def describe(self, name: str, peer: processes.Peer) -> Message:
+        """What the command must know of a name: a service, or a pocket with its program."""
+        pocket = self.config.pockets.get(name)
+        if pocket is None:
+            return {"kind": "service", "runtime": self.service(name).definition.runtime}
+        permissions.check_may_run(pocket, peer)
+        return {
+            "kind": "pocket",
+            "service": pocket.service,
+            "program": pocket.program,
+            "directory": str(pocket.dir),
+            "environment": dict(pocket.env),
+            "packages": pocket.packages,
+        }
+
+    async def stop_sessions(self, name: str, peer: processes.Peer, timeout: int) -> int:
+        """End a pocket's sessions, or the session of that id: SIGTERM, then for good. Returns how many there were."""
+        found = [
+            (service, s)
+            for service in self.services.values()
+            for s in service.sessions.values()
+            if name in (s.pocket, s.id)
+        ]
+        for _, s in found:
+            if peer.uid not in (0, s.note.get("uid")):
+                raise Error("forbidden", f"{name} is not yours")
+        if not found and name not in self.config.pockets:
+            raise Error("not-found", f"there is no pocket or session {name!r}")
+        for service, s in found:
+            if service.init:
+                (await service.init.call("end", session=s.id, signal=int(signal.SIGTERM)))[1].close()
+        waits = [asyncio.ensure_future(s.over.wait()) for _, s in found]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
+        for (service, s), wait in zip(found, waits):
+            if not wait.done() and service.init:
+                (await service.init.call("end", session=s.id))[1].close()
+                await wait
+        return len(found)
+
+    async def take_over(self) -> None:
+        """Find again what an earlier pocketd left on."""
+        place = self.runtime_dir / "services"
+        for directory in sorted(place.iterdir()) if place.is_dir() else []:
+            name = directory.name
+            if name not in self.services:
+                # It runs, and the configuration no longer has it: it can be seen and switched off.
+                self.services[name] = RunningService(
+                    Service(name), self.hierarchy, self.base, self.runtime_dir, self.state_dir
+                )
+            if not await self.services[name].adopt() and name not in self.config.services:
+                del self.services[name]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pocketd", description="Runs featherweight pockets inside warm services.")
+    parser.add_argument("--config", type=Path, help=f"the configuration (default {config.DEFAULT_PATH})")
+    parser.add_argument("--runtime-dir", type=Path, default=Path("/run/pocketd"), help="sockets (default %(default)s)")
+    parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/pocketd"), help="what lasts (%(default)s)")
+    parser.add_argument("--cgroup", default=DEFAULT_BASE, help="beneath the cgroup2 mount (default %(default)s)")
+    parser.add_argument("--check", action="store_true", help="read the configuration, say what is wrong, and end")
+    parser.add_argument("--version", action="version", version=f"pocketd {__version__}")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    try:
+        hierarchy = Hierarchy.find()
+    except NoCgroup2 as e:
+        sys.exit(f"pocketd: {e}")
+    explicit = options.config is not None
+    settings = config.load(options.config or config.DEFAULT_PATH, explicit, hierarchy.refusals)
+    if options.check:
+        sys.exit(check(settings))
+    if os.geteuid() != 0:
+        sys.exit("pocketd: must run as root: it makes namespaces, mounts and cgroups")
+    release = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
+    if release < OLDEST_KERNEL:
+        sys.exit(f"pocketd: needs Linux 6.1 or later; this is {platform.release()}")
+    for problem in settings.problems:
+        where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
+        events.emit("config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message)
+    for notice in settings.notices:
+        events.emit("config-notice", "notice", notice=notice)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0o022)
+    try:
+        asyncio.run(serve(options, settings, hierarchy))
+    except Error as e:
+        sys.exit(f"pocketd: {e}")
+
+
+def check(settings: Config) -> int:
+    """`pocketd --check`: all that is wrong, one line each."""
+    if settings.problems:
+        print(config.describe(settings.problems), file=sys.stderr)
+        return 1
+    print(f"the configuration is right: {len(settings.services)} services, {len(settings.pockets)} pockets")
+    return 0
+
+
+async def serve(options: argparse.Namespace, settings: Config, hierarchy: Hierarchy) -> None:
+    for path, mode in ((options.runtime_dir, 0o755), (options.state_dir, 0o700)):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+    lock = take_lock(options.runtime_dir)
+    daemon = Daemon(settings, hierarchy, options.cgroup, options.runtime_dir.resolve(), options.state_dir.resolve())
+    await daemon.take_over()
+    try:
+        group = grp.getgrnam("pocket").gr_gid
+    except KeyError:
+        group = None
+    control = Control(daemon, str(options.runtime_dir / "pocketd.sock"), group)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    events.emit("started", version=__version__, runtime_dir=options.runtime_dir, cgroup=daemon.base.directory)
+    notify("READY=1")
+    boots = asyncio.ensure_future(boot(daemon))
+    await stop.wait()
+    notify("STOPPING=1")
+    boots.cancel()
+    control.close()
+    for service in daemon.services.values():
+        service.leave()
+    remains = [s.name for s in daemon.services.values() if s.scope]
+    if not remains:
+        try:
+            daemon.base.remove()
+        except OSError:
+            pass  # somebody else's cgroups are in it
+    events.emit("ended", services_left_on=remains)
+    os.close(lock)
+
+
+async def boot(daemon: Daemon) -> None:
+    """Services with start = "boot", one at a time."""
+    for service in list(daemon.services.values()):
+        if service.definition.start == "boot" and service.state != "on":
+            try:
+                await service.on(lambda text: None)
+            except (Error, ConnectionError):
+                pass  # it said so itself
+
+
+def take_lock(runtime_dir: Path) -> int:
+    """One pocketd for one runtime directory. The lock goes with the descriptor, however the process ends."""
+    fd = os.open(runtime_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Error("running", f"another pocketd has {runtime_dir}; give this one a --runtime-dir of its own") from None
+    return fd
+
+
+def notify(state: str) -> None:
+    """sd_notify(3), where there is somebody to notify."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+            s.connect("\0" + path[1:] if path.startswith("@") else path)
+            s.send(state.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Structured logs: one line an event, `event key=value ...`, with a priority that journald understands.
+
+Under systemd (JOURNAL_STREAM is set) each line starts with `<N>`, sd-daemon(3), which the journal takes off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+_PREFIXED = "JOURNAL_STREAM" in os.environ
+_PRIORITY = {"debug": 7, "info": 6, "notice": 5, "warning": 4, "error": 3}
+
+
+def emit(event: str, level: str = "info", **fields: object) -> None:
+    """Write one event to standard error. Values are quoted where they need it, so that a line stays one line."""
+    words = [event, *(f"{key}={_quote(value)}" for key, value in fields.items() if value is not None)]
+    start = f"<{_PRIORITY[level]}>" if _PREFIXED else time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
+    try:
+        sys.stderr.write(f"{start}{level if not _PREFIXED else ''}{'' if _PREFIXED else ' '}{' '.join(words)}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass  # a log that nobody can read is no reason to end
+
+
+def _quote(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+    return text if text and all(c.isalnum() or c in "._:/@+-,%" for c in text) else json.dumps(text)

@@ -1,0 +1,60 @@
+"""Uids: one for each pocket, never root's, and the id maps that show its files as its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from nsutil import namespaces
+from pocketd.wire import Error
+
+# Above systemd's container range (524288 to 1879048191, systemd's UIDS-GIDS document) and below 2**31.
+FIRST, COUNT = 1_900_000_000, 1 << 16
+# Of these, named pockets have the lower half, for good; ad hoc ones take turns in the upper.
+_NAMED = COUNT // 2
+
+
+class Identities:
+    """Gives out ids. `path` keeps those of named pockets; a broken file is an error, as ids own files."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._named: dict[str, int] = {}
+        self._next = 0
+        self._maps: dict[tuple[int, int, int], int] = {}
+        if path.exists():
+            try:
+                read = json.loads(path.read_text())
+                self._named = {str(k): int(v) for k, v in read.items() if FIRST <= int(v) < FIRST + _NAMED}
+            except (ValueError, AttributeError) as e:
+                raise Error("state", f"{path} is damaged ({e}); mend it, or remove it if no pocket owns files") from None
+
+    def named(self, name: str) -> int:
+        """The id of a named pocket: the same for ever."""
+        if name not in self._named:
+            taken = set(self._named.values())
+            self._named[name] = next(i for i in range(FIRST, FIRST + _NAMED) if i not in taken)
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps(self._named, indent=1, sort_keys=True))
+            temporary.replace(self._path)
+        return self._named[name]
+
+    def ad_hoc(self, used: Collection[int]) -> int:
+        """An id that no running pocket has."""
+        for _ in range(_NAMED):
+            self._next = (self._next + 1) % _NAMED
+            uid = FIRST + _NAMED + self._next
+            if uid not in used:
+                return uid
+        raise Error("full", f"all {_NAMED} ids of ad hoc pockets are in use")
+
+    def id_map(self, owner: os.stat_result, uid: int) -> int:
+        """A user namespace that shows files of `owner` as `uid`'s. The descriptor stays ours; it is made once."""
+        key = (owner.st_uid, owner.st_gid, uid)
+        if key not in self._maps:
+            while len(self._maps) >= 256:
+                os.close(self._maps.pop(next(iter(self._maps))))
+            self._maps[key] = namespaces.id_map((owner.st_uid, owner.st_gid), (uid, uid))
+        return self._maps[key]

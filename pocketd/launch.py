@@ -1,0 +1,243 @@
+"""One launch, from a caller's request to a worker in its place: who asks, which pocket, which files, which template.
+
+The steps are in the order of the text. Nothing of what the caller sent for its program passes here: that waits on the
+session's own socket for the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cgroup.limits import CONTROLLERS, LimitError, Limits
+from cgroup.node import Cgroup
+from nsutil import processes
+from nsutil.messages import Fds
+from pocketd import events, paths, permissions, trees, wire
+from pocketd.definitions import Pocket
+from pocketd.services import Progress, RunningService, Session
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+
+_SESSION = re.compile(r"[0-9a-f]{32}")
+_MODES = ("program", "client")
+_TMP = 1 << 30  # bytes, at most, of a worker's /tmp, home and /dev/shm each: charged to its pocket as it writes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs to know of its pocket, whether it has a definition or not."""
+
+    name: str
+    definition: Pocket | None
+    uid: int
+    gid: int
+    network: str
+    models: frozenset[str]
+    limits: Limits
+    home: str
+
+
+async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds, progress: Progress) -> Message:
+    """Serve one login. `fds` is the caller's to close; raises Error with what to do about it."""
+    identity, mode = wire.field(request, "session", str), wire.field(request, "mode", str)
+    if not _SESSION.fullmatch(identity) or mode not in _MODES:
+        raise Error("bad-request", "a login names a session of 32 hexadecimal digits and a mode, program or client")
+    with ExitStack() as stack:
+        given = _take(request, fds, stack)
+        service, definition = await daemon.resolve(wire.field(request, "name", str, None), peer)
+        await service.on(progress)
+        known = service.sessions.get(identity)
+        if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
+            return _reply(service, known)
+        plan = make_plan(daemon, service, peer, definition, identity)
+        files = _files(daemon, plan, peer, request, given, stack)
+        models = plan.models if mode == "client" and plan.models else None
+        template = await service.template(models, progress)
+        leaf = make_leaf(service, plan, identity)
+        session = Session(identity, plan.name, {}, leaf, 0, time.time())
+        service.sessions[identity] = session
+        try:
+            session.note = _note(plan, leaf, mode, files)
+            passed = [leaf.fd, given["session"], given["hold"], *(fd for fd, _ in files)]
+            if plan.network == "host":
+                passed.append(daemon.network)
+            await _introduce(service, template.number, session, mode, plan, files, passed)
+        except BaseException:
+            await service.drop_session(session)
+            raise
+        events.emit("session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode)
+        return _reply(service, session)
+
+
+def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
+    """The descriptors of a request by their roles: session, hold, dir, and any number of mounts."""
+    given: dict[str, Any] = {"mount": []}
+    for role in wire.field(request, "roles", list):
+        fd = fds.take()
+        stack.callback(os.close, fd)
+        if role == "mount":
+            given["mount"].append(fd)
+        else:
+            given[role] = fd
+    if "session" not in given or "hold" not in given:
+        raise Error("bad-request", "a login carries a session socket and a hold socket")
+    return given
+
+
+def make_plan(
+    daemon: Daemon, service: RunningService, peer: processes.Peer, definition: Pocket | None, identity: str
+) -> Plan:
+    """Decide who the worker is: a pocket's own id, or the caller's own; root's caller gets an id of the range."""
+    offered = frozenset(service.definition.models)
+    used = {s.note.get("uid", 0) for running in daemon.services.values() for s in running.sessions.values()}
+    if definition is None:
+        uid = peer.uid or daemon.identities.ad_hoc(used)
+        gid = peer.gid if peer.uid else uid
+        limits = daemon.config.run_limits
+        return Plan(f"run-{identity[:12]}", None, uid, gid, "none", offered, limits, _home(peer.uid))
+    permissions.check_may_run(definition, peer)
+    if definition.run_as:
+        uid, gid = definition.run_as.uid, definition.run_as.gid
+    else:
+        uid = gid = daemon.identities.named(definition.name)
+    models = frozenset(definition.allow.models) & offered
+    return Plan(definition.name, definition, uid, gid, definition.allow.network, models, definition.limits, _home(peer.uid))
+
+
+def _home(uid: int) -> str:
+    try:
+        home = pwd.getpwuid(uid).pw_dir
+    except KeyError:
+        return ""
+    return home if home.startswith("/") and paths.refuse_directory(home) is None else ""
+
+
+def _files(
+    daemon: Daemon, plan: Plan, peer: processes.Peer, request: Message, given: dict[str, Any], stack: ExitStack
+) -> list[tuple[int, Message]]:
+    """The pocket's trees with the place of each, the directory first."""
+    found: list[tuple[int, Message]] = []
+    # An id of the range owns nothing on disk: its pocket's owner's files are shown as its own.
+    uid = plan.uid if plan.uid != peer.uid else None
+
+    def add(fd: int, target: str, writable: bool, pidfd: int | None = None, alias: str | None = None) -> None:
+        tree = trees.make(fd, pidfd, writable=writable, uid=uid, identities=daemon.identities)
+        stack.callback(os.close, tree)
+        directory = os.path.isdir(f"/proc/self/fd/{fd}")
+        found.append((tree, {"target": target, "alias": alias, "directory": directory}))
+
+    definition = plan.definition
+    if definition is None:
+        if "dir" not in given:
+            raise Error("bad-request", "an ad hoc run sends its directory")
+        foreign = not _same_mounts(peer.pidfd, peer.pid)
+        directory = str(request.get("path")) if foreign else os.readlink(f"/proc/self/fd/{given['dir']}")
+        _refuse(directory)
+        add(given["dir"], directory, True, peer.pidfd if foreign else None, "/pocket")
+        for fd, mount in zip(given["mount"], wire.field(request, "mounts", list, [])):
+            target = os.fsdecode(wire.field(mount, "target", bytes))
+            writable = wire.field(mount, "writable", bool, False)
+            try:
+                paths.parse_mount(f"{target}{':rw' if writable else ''}")
+            except ValueError as e:
+                raise Error("mount", f"--mount {target!r} {e}") from None
+            add(fd, target, writable, peer.pidfd if foreign else None)
+        return found
+    fd = os.open(definition.dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    add(fd, str(definition.dir), False, None, "/pocket")
+    for name in definition.allow.write:
+        target = permissions.writable(fd, name)
+        stack.callback(os.close, target)
+        add(target, f"{definition.dir}/{name}", True, None, f"/pocket/{name}")
+    for m in definition.mounts:
+        source = os.open(m.source, os.O_PATH | os.O_CLOEXEC)
+        stack.callback(os.close, source)
+        add(source, str(m.target), m.writable)
+    return found
+
+
+def _refuse(directory: str) -> None:
+    why = paths.refuse_directory(directory)
+    if why:
+        raise Error("directory", f"{directory} cannot be a pocket's directory: it {why}. Choose another by --dir")
+
+
+def _same_mounts(pidfd: int, pid: int) -> bool:
+    try:
+        return os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/self/ns/mnt").st_ino
+    except OSError:
+        raise Error("gone", "the caller has ended") from None
+
+
+def make_leaf(service: RunningService, plan: Plan, identity: str) -> Cgroup:
+    """The session's own cgroup beneath its pocket's, which carries the limits. The caller owns it."""
+    assert service.scope
+    path = f"pockets/{plan.name}"
+    with Cgroup("pockets", service.scope) as pockets, pockets.create(plan.name, exist_ok=True) as pocket:
+        pocket.enable(CONTROLLERS)
+        try:
+            pocket.apply(plan.limits)
+        except LimitError as e:
+            raise Error("limit", f"pocket {plan.name}: {e}") from None
+        pocket.create(identity).close()
+    return Cgroup(f"{path}/{identity}", service.scope)
+
+
+def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]]) -> Message:
+    """What init keeps for us, so that a new pocketd knows the session again."""
+    directory = files[0][1]["target"] if files else ""
+    return {"pocket": plan.name, "uid": plan.uid, "leaf": leaf.kernel_path, "mode": mode, "directory": directory}
+
+
+async def _introduce(
+    service: RunningService,
+    template: int,
+    session: Session,
+    mode: str,
+    plan: Plan,
+    files: list[tuple[int, Message]],
+    passed: list[int],
+) -> None:
+    """Hand all over to init, which makes the pause and has the template fork. After this pocketd is not needed."""
+    directory = files[0][1]["target"]
+    home = "" if plan.home == directory or plan.home.startswith(directory + "/") else plan.home
+    worker = {
+        "network": plan.network,
+        "uid": plan.uid,
+        "gid": plan.gid,
+        "mounts": [place for _, place in files],
+        "hostname": plan.name,
+        "home": home,
+        "tmp": _TMP,
+        "shm": _TMP,
+        "directory": directory,
+        "exit": service.definition.exit,
+    }
+    if not service.init:
+        raise Error("service", f"service {service.name} has ended")
+    fields = {"session": session.id, "template": template, "mode": mode, "worker": worker, "note": session.note}
+    message, received = await service.init.call("launch", passed, **fields)
+    with received:
+        if len(received):
+            pidfd = received.take()
+            try:
+                session.pid = processes.pid_of(pidfd)
+            except processes.Gone:
+                pass  # a short program: its caller has its status
+            finally:
+                os.close(pidfd)
+    session.started = time.time()
+
+
+def _reply(service: RunningService, session: Session) -> Message:
+    d = service.definition
+    return {"service": d.name, "pocket": session.pocket, "models": sorted(d.models), "pid": session.pid}

@@ -1,0 +1,126 @@
+"""A SEQPACKET connection on the event loop: messages in order to one handler, requests awaited by id.
+
+Sending never blocks the daemon: a peer whose buffer is full for longer than `SEND_TIMEOUT` is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nsutil.messages import Fds, MessageError
+from pocketd import wire
+from pocketd.wire import Error, Message
+
+SEND_TIMEOUT = 5.0  # seconds
+
+
+class Link:
+    """One connection. `handle(message, fds)` gets what is no reply; it owns the descriptors. `closed(reason)` is last."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handle: Callable[[Message, Fds], None],
+        closed: Callable[[str], None],
+    ):
+        sock.setblocking(False)
+        self.sock: socket.socket | None = sock
+        self._handle = handle
+        self._closed = closed
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.Future[tuple[Message, Fds]], Callable[[str], None] | None]] = {}
+        self._sending = asyncio.Lock()
+        asyncio.get_running_loop().add_reader(sock, self._readable)
+
+    def _readable(self) -> None:
+        for _ in range(64):  # then other connections get their turn
+            if self.sock is None:
+                return
+            try:
+                message, fds = wire.receive(self.sock)
+            except BlockingIOError:
+                return
+            except (EOFError, OSError, MessageError) as e:
+                self.close(str(e))
+                return
+            waiting = self._waiting.get(message.get("id", 0)) if "op" not in message else None
+            if waiting is None:
+                self._handle(message, fds)
+            elif "progress" in message:
+                fds.close()
+                if waiting[1]:
+                    waiting[1](str(message["progress"]))
+            elif not waiting[0].done():
+                waiting[0].set_result((message, fds))
+            else:
+                fds.close()
+
+    async def send(self, message: Message, fds: Iterable[int] = ()) -> None:
+        """Send one message; descriptors stay the caller's. Raises ConnectionError when the peer is gone or stuck."""
+        async with self._sending:
+            if self.sock is None:
+                raise ConnectionError("the connection is closed")
+            loop = asyncio.get_running_loop()
+            try:
+                wire.send(self.sock, message, fds)
+                return
+            except BlockingIOError:
+                pass
+            except OSError as e:
+                self.close(str(e))
+                raise ConnectionError(str(e)) from None
+            writable: asyncio.Future[None] = loop.create_future()
+            sock = self.sock
+            loop.add_writer(sock, lambda: writable.done() or writable.set_result(None))
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT):
+                    await writable
+                wire.send(sock, message, fds)
+            except (TimeoutError, OSError) as e:
+                self.close("the peer does not read")
+                raise ConnectionError(str(e)) from None
+            finally:
+                if self.sock is not None:
+                    loop.remove_writer(sock)
+
+    async def call(
+        self,
+        op: str,
+        fds: Iterable[int] = (),
+        progress: Callable[[str], None] | None = None,
+        timeout: float | None = 30.0,
+        **fields: Any,
+    ) -> tuple[Message, Fds]:
+        """Make a request and await its reply; the caller owns the reply's descriptors. Raises Error, ConnectionError."""
+        number = next(self._ids)
+        future: asyncio.Future[tuple[Message, Fds]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (future, progress)
+        try:
+            await self.send({"op": op, "id": number, **fields}, fds)
+            async with asyncio.timeout(timeout):
+                message, received = await future
+        except TimeoutError:
+            raise Error("timeout", f"no answer to {op!r} within {timeout:g} s") from None
+        finally:
+            del self._waiting[number]
+        if "error" in message:
+            received.close()
+            raise Error.unwire(message["error"])
+        return message, received
+
+    def close(self, reason: str = "closed") -> None:
+        if self.sock is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.sock)
+        loop.remove_writer(self.sock)
+        self.sock.close()
+        self.sock = None
+        for future, _ in self._waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionError(reason))
+        self._closed(reason)

@@ -1,0 +1,110 @@
+"""What there is, as the kernel says: `pocket ps` and `pocket logs`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from cgroup.node import Cgroup
+from nsutil import processes
+from pocketd import permissions
+from pocketd.services import RunningService, Session
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+
+
+def ps(daemon: Daemon, peer: processes.Peer) -> Message:
+    """Services, templates, pockets and workers; memory in bytes, age and cpu in seconds. Others' only for root."""
+    now = time.time()
+    services, templates, workers, pockets = [], [], [], {}
+    for service in daemon.services.values():
+        d = service.definition
+        services.append(
+            {
+                "name": d.name,
+                "runtime": d.runtime,
+                "state": service.state,
+                "why": service.why.message if service.why and peer.uid == 0 else None,
+                "pid": service.init_pid if service.state == "on" else None,
+                "age": now - service.since,
+                "models": sorted(d.models),
+            }
+        )
+        for t in service.templates.values() if peer.uid == 0 else ():
+            state = "ready" if t.ready else "loading"
+            row = {"service": d.name, "number": t.number, "kind": t.kind, "models": list(t.models), "state": state}
+            templates.append({**row, "pid": t.pid, "age": now - t.started, **usage(t.leaf)})
+        for s in service.sessions.values():
+            if peer.uid not in (0, s.note.get("uid")):
+                continue
+            row = {"session": s.id, "pocket": s.pocket, "service": d.name, "mode": s.note.get("mode")}
+            row.update(pid=s.pid, state="running" if s.pid else "starting", age=now - s.started)
+            row.update(directory=s.note.get("directory"), **usage(s.leaf))
+            workers.append(row)
+            pockets[s.pocket] = _pocket(service, s)
+    for name, definition in daemon.config.pockets.items():
+        state = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
+        pockets.setdefault(name, state)
+    for name, problems in daemon.config.invalid.items() if peer.uid == 0 else ():
+        why = "; ".join(p.message for p in problems)
+        pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})
+    rows = sorted(pockets.values(), key=lambda row: str(row["name"]))
+    return {"services": services, "templates": templates, "pockets": rows, "workers": workers}
+
+
+def _pocket(service: RunningService, session: Session) -> dict[str, Any]:
+    count = sum(1 for s in service.sessions.values() if s.pocket == session.pocket)
+    row = {"name": session.pocket, "service": service.name, "state": "running", "workers": count, "charged": None}
+    if session.leaf and service.scope:
+        try:
+            with Cgroup(f"pockets/{session.pocket}", service.scope) as pocket:
+                row["charged"] = pocket.stats().memory_current
+        except OSError:
+            pass  # it ended just now
+    return row
+
+
+def usage(leaf: Cgroup | None) -> dict[str, Any]:
+    """Of all processes in a leaf: private, shared and proportional memory, what is charged to the leaf, cpu time.
+
+    `charged` is None where the host's cgroup2 lacks the memory controller.
+    """
+    row: dict[str, Any] = {"private": 0, "shared": 0, "proportional": 0, "charged": None, "cpu": 0.0, "processes": 0}
+    if leaf is None or leaf.fd < 0:
+        return row
+    try:
+        stats = leaf.stats()
+        row.update(charged=stats.memory_current, cpu=stats.cpu_usec / 1e6)
+        for pid in leaf.processes():
+            m = processes.memory(pid)
+            row["private"] += m.private
+            row["shared"] = max(row["shared"], m.shared)
+            row["proportional"] += m.proportional
+            row["processes"] += 1
+    except (OSError, processes.Gone):
+        pass  # it ended while we looked
+    return row
+
+
+def logs(daemon: Daemon, peer: processes.Peer, name: str, lines: int) -> list[str]:
+    """The last lines of a service's log, or those of one pocket in any. Pockets' owners see their own pocket's alone."""
+    if name in daemon.services:
+        if peer.uid != 0:
+            raise Error("forbidden", "only root may read a service's log")
+        return daemon.services[name].log_tail(lines).splitlines()
+    definition = daemon.config.pockets.get(name)
+    if definition:
+        permissions.check_may_run(definition, peer)
+    elif peer.uid != 0 or not name.startswith("run-"):
+        raise Error("not-found", f"there is no service or pocket {name!r}")
+    found: deque[str] = deque(maxlen=lines)
+    for service in daemon.services.values():
+        if not os.path.exists(service.log_path):
+            continue
+        with open(service.log_path, errors="replace") as f:
+            found.extend(line.rstrip("\n") for line in f if line.partition(" ")[2].startswith(f"pocket {name} "))
+    return list(found)

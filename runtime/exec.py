@@ -1,0 +1,15 @@
+"""The `exec` runtime: any program of the service's root file system, executed in a worker by a small launcher.
+
+The launcher is an ordinary template with nothing loaded; its worker executes the program (runtime.cold), so these
+workers are init's children like all others.
+"""
+
+from __future__ import annotations
+
+from typing import List, Tuple
+
+VARIABLES: Tuple[str, ...] = ()
+
+
+def preload(names: List[str]) -> None:
+    """Nothing is loaded."""

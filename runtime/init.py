@@ -1,0 +1,520 @@
+"""PID 1 of a service container: parent and reaper of all in it, and the standing end of every session.
+
+It outlives pocketd: it listens on a named socket in the runtime directory, and a new pocketd connects and asks for what
+is there (`hello`). From pocketd come templates to make and launches; from each session's caller, on its *hold* socket,
+signals to pass on. When the caller goes the session ends; when the worker ends its status goes to the caller at once,
+and is kept for pocketd. One thread, one epoll, no time-out without a deadline that somebody set.
+
+Processes:  template --clone3(CLONE_PARENT)--> worker, which is therefore init's child, in the pid namespace of a pause
+process that is init's child too. A worker is reaped before its pause is waited for: an unreaped worker pins its pause
+(zap_pid_ns_processes), and waiting the other way round is a deadlock.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional
+
+from nsutil import clone, messages, namespaces, privileges
+from nsutil.messages import Fds, MessageError
+from pocketd import wire
+from pocketd.wire import Error, Message
+from runtime import log, template
+
+WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
+_STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before the launch is given up
+
+
+@dataclass
+class Session:
+    id: str
+    note: Message  # pocketd's own words about it, given back by `hello` after a restart
+    template: int
+    pause: clone.Child
+    hold: Optional[socket.socket]
+    leaf: int  # cgroup directory, for memory.events
+    request: Any  # pocketd's id of the launch, until it is answered
+    deadline: float
+    started: float = 0.0
+    pid: int = 0
+    pidfd: int = -1
+    status: Optional[int] = None
+    output: Optional[int] = None  # our end of the worker's standard output, in client mode
+
+    def summary(self) -> Message:
+        return {"session": self.id, "note": self.note, "template": self.template, "started": self.started, "pid": self.pid}
+
+
+@dataclass
+class Template:
+    number: int
+    kind: str
+    note: Message
+    talk: socket.socket
+    stderr: int
+    request: Any
+    pid: int = 0
+    ready: Optional[Message] = None
+    tail: List[bytes] = field(default_factory=list)  # its last lines, for the error when it does not get ready
+
+    def summary(self) -> Message:
+        return {"template": self.number, "kind": self.kind, "note": self.note, "pid": self.pid, "ready": self.ready}
+
+
+class Init:
+    def __init__(self, listener: socket.socket, log_fd: int):
+        self.listener = listener
+        self.log = log.Log(log_fd)
+        self.epoll = select.epoll()
+        self.handlers: Dict[int, Callable[[], None]] = {}
+        self.daemon: Optional[socket.socket] = None
+        self.sessions: Dict[str, Session] = {}
+        self.templates: Dict[int, Template] = {}
+        self.pauses: Dict[int, Session] = {}
+        self.unclaimed: Dict[int, int] = {}  # statuses that came before a template named the pid
+        self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
+        self.running = True
+
+    # -- the loop
+
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self.epoll.register(fd, select.EPOLLIN)
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        if self.handlers.pop(fd, None):
+            self.epoll.unregister(fd)
+
+    def run(self) -> None:
+        wake, waker = socket.socketpair()
+        for s in (wake, waker):
+            s.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self.watch(wake.fileno(), lambda: self.reap(wake))
+        self.listener.listen(16)  # again, so that SO_PEERCRED of who connects names this process
+        self.listener.setblocking(False)
+        self.watch(self.listener.fileno(), self.accept)
+        while self.running:
+            for fd, _ in self.epoll.poll(self.patience()):
+                handler = self.handlers.get(fd)
+                if handler:
+                    handler()
+            self.expire()
+
+    def patience(self) -> float:
+        waiting = [s.deadline for s in self.sessions.values() if not s.pid]
+        return max(0.0, min(waiting) - time.monotonic()) if waiting else -1
+
+    def expire(self) -> None:
+        now = time.monotonic()
+        for s in [s for s in self.sessions.values() if not s.pid and s.deadline <= now]:
+            self.fail(s, Error("launch", f"template {s.template} did not fork within {FORK_TIMEOUT:.0f} s"))
+
+    # -- pocketd
+
+    def accept(self) -> None:
+        sock, _ = self.listener.accept()
+        _, uid, _ = _credentials(sock)
+        if uid != 0:
+            sock.close()
+            return
+        if self.daemon:  # a new pocketd takes the place of one that died
+            self.forget_daemon()
+        self.daemon = sock
+        self.watch(sock.fileno(), self.hear_daemon)
+
+    def forget_daemon(self) -> None:
+        if self.daemon:
+            self.unwatch(self.daemon.fileno())
+            self.daemon.close()
+            self.daemon = None
+
+    def tell(self, message: Message, fds: Any = ()) -> None:
+        if self.daemon:
+            try:
+                wire.send(self.daemon, message, fds)
+            except OSError:
+                self.forget_daemon()
+
+    def hear_daemon(self) -> None:
+        assert self.daemon
+        try:
+            message, fds = wire.receive(self.daemon)
+        except (EOFError, OSError, MessageError):
+            self.forget_daemon()
+            return
+        with fds:
+            try:
+                operation = getattr(self, "on_" + str(message.get("op")).replace("-", "_"), None)
+                if not operation:
+                    raise Error("bad-request", f"init knows no operation {message.get('op')!r}")
+                operation(message, fds)
+            except Error as e:
+                self.tell({"id": message.get("id"), "error": e.wire()})
+            except OSError as e:
+                self.tell({"id": message.get("id"), "error": Error("kernel", str(e)).wire()})
+
+    def on_hello(self, message: Message, fds: Fds) -> None:
+        """What is here. Ended sessions stay listed until `forget` names them."""
+        self.tell(
+            {
+                "id": message["id"],
+                "ok": True,
+                "sessions": [s.summary() for s in self.sessions.values()],
+                "templates": [t.summary() for t in self.templates.values()],
+                "ended": list(self.ended.values()),
+            }
+        )
+
+    def on_forget(self, message: Message, fds: Fds) -> None:
+        self.ended.pop(message.get("session", ""), None)
+
+    def on_end(self, message: Message, fds: Fds) -> None:
+        """End a session: first a signal, if asked for, else at once and for good."""
+        session = self.sessions.get(message.get("session", ""))
+        if not session:
+            raise Error("no-session", "there is no such session")
+        number = message.get("signal")
+        if number and session.pid:
+            self.signal(session, number, False)
+        else:
+            self.finish(session)
+        self.tell({"id": message["id"], "ok": True})
+
+    def on_stop(self, message: Message, fds: Fds) -> None:
+        """End the service. The kernel ends every process of the pid namespace with PID 1."""
+        for session in self.sessions.values():
+            self.say(session, {"op": "exit", "error": Error("service-off", "the service was switched off").wire()})
+        self.tell({"id": message["id"], "ok": True})
+        self.running = False
+
+    # -- templates
+
+    def on_template(self, message: Message, fds: Fds) -> None:
+        """Make a template: `command` is executed (a root template), or `parent` is forked (a models template)."""
+        number = message["template"]
+        leaf = fds.take()
+        ours, theirs = messages.pair()
+        out, err = os.pipe2(os.O_CLOEXEC)
+        t = Template(number, message["kind"], message.get("note", {}), ours, out, message["id"])
+        try:
+            begin = {**message["begin"], "op": "begin", "template": number}
+            if message.get("parent") is not None:
+                parent = self.templates.get(message["parent"])
+                if not parent or not parent.ready:
+                    raise Error("no-template", f"template {message['parent']} is not ready")
+                wire.send(parent.talk, {"op": "template", "template": number}, [leaf, theirs.fileno(), err])
+            else:
+                t.pid = start_template(message.get("command"), message.get("environment", {}), theirs, err, leaf)
+            wire.send(ours, begin)
+        except BaseException:
+            ours.close()
+            os.close(out)
+            raise
+        finally:
+            theirs.close()
+            os.close(err)
+            os.close(leaf)
+        self.templates[number] = t
+        self.watch(ours.fileno(), lambda: self.hear_template(t))
+        self.watch(out, lambda: self.drain(t))
+
+    def on_end_template(self, message: Message, fds: Fds) -> None:
+        t = self.templates.get(message.get("template", -1))
+        if t and t.pid:
+            os.kill(t.pid, signal.SIGKILL)
+        self.tell({"id": message["id"], "ok": True})
+
+    def drain(self, t: Template) -> bool:
+        """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
+        text = os.read(t.stderr, 65536)
+        if not text:
+            self.unwatch(t.stderr)
+            return False
+        self.log.write(f"template-{t.number}", text)
+        t.tail = (t.tail + text.splitlines())[-40:]
+        return True
+
+    def hear_template(self, t: Template) -> None:
+        try:
+            message, fds = wire.receive(t.talk)
+        except (EOFError, OSError, MessageError):
+            self.lose(t)
+            return
+        with fds:
+            operation = message.get("op")
+            if operation == "progress" and t.request is not None:
+                self.tell({"id": t.request, "progress": message.get("text", "")})
+            elif operation == "ready" and t.request is not None:
+                t.ready = {k: v for k, v in message.items() if k not in ("v", "op")}
+                self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
+                t.request = None
+            elif operation == "failed" and t.request is not None:
+                self.refuse_template(t, message.get("error"))
+            elif operation == "forked" and "template" in message:
+                child = self.templates.get(message["template"])
+                if child:
+                    child.pid = message["pid"]
+            elif operation in ("forked", "refused"):
+                session = self.sessions.get(message.get("session", ""))
+                if session and not session.pid:
+                    if operation == "forked":
+                        self.born(session, message["pid"], fds.take())
+                    else:
+                        self.fail(session, Error.unwire(message.get("error")))
+
+    def refuse_template(self, t: Template, error: Any) -> None:
+        """A template that does not get ready: what it said, and its own standard error."""
+        while select.select([t.stderr], [], [], 0)[0] and self.drain(t):
+            pass
+        e = Error.unwire(error)
+        e.detail["stderr"] = "\n".join(line.decode(errors="replace") for line in t.tail)
+        self.tell({"id": t.request, "error": e.wire()})
+        t.request = None
+
+    def lose(self, t: Template) -> None:
+        """A template has ended. Its workers live on; launches that wait for it fail."""
+        if t.request is not None:
+            self.refuse_template(t, Error("template", "the template ended before it was ready").wire())
+        self.unwatch(t.talk.fileno())
+        t.talk.close()
+        self.unwatch(t.stderr)
+        os.close(t.stderr)
+        self.templates.pop(t.number, None)
+        for s in [s for s in self.sessions.values() if s.template == t.number and not s.pid]:
+            self.fail(s, Error("template", f"template {t.number} ended during the launch"))
+        self.tell({"op": "template-ended", "template": t.number, "kind": t.kind})
+        self.log.write("init", f"template {t.number} ({t.kind}) ended\n".encode())
+
+    # -- sessions
+
+    def on_launch(self, message: Message, fds: Fds) -> None:
+        """A worker: a pause process first, then the template forks into its pid namespace."""
+        identity = message["session"]
+        if identity in self.sessions:  # asked again by a caller whose pocketd died in between
+            s = self.sessions[identity]
+            self.tell({"id": message["id"], "ok": True, "attached": True, "pid": s.pid})
+            return
+        t = self.templates.get(message["template"])
+        if not t or not t.ready:
+            raise Error("no-template", f"template {message['template']} is not ready")
+        leaf, session_fd, hold_fd = fds.take(), fds.take(), fds.take()
+        hold = socket.socket(fileno=hold_fd)
+        try:
+            pause = clone.pause(flags=namespaces.CLONE_NEWPID, cgroup=leaf)
+        except OSError:
+            hold.close()
+            os.close(leaf)
+            os.close(session_fd)
+            raise
+        deadline = time.monotonic() + FORK_TIMEOUT
+        s = Session(identity, message.get("note", {}), t.number, pause, hold, leaf, message["id"], deadline)
+        self.sessions[identity] = self.pauses[pause.pid] = s
+        self.watch(hold.fileno(), lambda: self.hear_caller(s))
+        passed = [leaf, pause.pidfd, session_fd, *fds]
+        out = None
+        if message["mode"] == "client":
+            s.output, out = os.pipe2(os.O_CLOEXEC)
+            self.watch(s.output, lambda: self.drain_worker(s))
+            passed.insert(3, out)
+        try:
+            wire.send(t.talk, {**message["worker"], "op": "fork", "session": identity, "mode": message["mode"]}, passed)
+        except OSError as e:
+            self.fail(s, Error("template", f"template {t.number} is gone: {e}"))
+        finally:
+            os.close(session_fd)
+            if out is not None:
+                os.close(out)
+
+    def born(self, s: Session, pid: int, pidfd: int) -> None:
+        s.pid, s.pidfd, s.started = pid, pidfd, time.time()
+        self.tell({"id": s.request, "ok": True, "pid": pid}, [pidfd])
+        s.request = None
+        if pid in self.unclaimed:  # it ended before its template could say that it was born
+            self.died(s, self.unclaimed.pop(pid))
+
+    def fail(self, s: Session, error: Error) -> None:
+        """A launch that did not come to a worker."""
+        self.tell({"id": s.request, "error": error.wire()})
+        s.request = None
+        self.say(s, {"op": "exit", "error": error.wire()})
+        self.finish(s)
+
+    def say(self, s: Session, message: Message) -> None:
+        if s.hold:
+            try:
+                wire.send(s.hold, message, flags=socket.MSG_DONTWAIT)
+            except OSError:
+                pass
+
+    def hear_caller(self, s: Session) -> None:
+        assert s.hold
+        try:
+            message, fds = wire.receive(s.hold, socket.MSG_DONTWAIT)
+            fds.close()
+        except BlockingIOError:
+            return
+        except (EOFError, OSError, MessageError):
+            self.finish(s)  # the caller is gone, or talks nonsense: its worker ends
+            return
+        number = message.get("signal")
+        if message.get("op") == "signal" and isinstance(number, int) and s.pid and s.status is None:
+            self.signal(s, number, message.get("group") is True)
+
+    def signal(self, s: Session, number: int, group: bool) -> None:
+        """Pass a signal on: to the worker, or, when a terminal sent it, to its whole process group."""
+        if number in _STOPS and not catches(s.pid, number):
+            number = signal.SIGSTOP  # a session without a terminal ignores the others by default (orphaned group)
+        try:
+            if group:
+                os.killpg(s.pid, number)  # it called setsid; its pid is not reused before it is reaped here
+            else:
+                signal.pidfd_send_signal(s.pidfd, number)
+        except (OSError, ValueError):
+            pass
+
+    def drain_worker(self, s: Session) -> bool:
+        assert s.output is not None
+        text = os.read(s.output, 65536)
+        if not text:
+            self.unwatch(s.output)
+            return False
+        self.log.write(f"pocket {s.note.get('pocket', s.id)}", text)
+        return True
+
+    def finish(self, s: Session) -> None:
+        """End whatever is left in the session's pid namespace; the rest follows when the pause is reaped."""
+        self.close_hold(s)
+        try:
+            signal.pidfd_send_signal(s.pause.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close_hold(self, s: Session) -> None:
+        if s.hold:
+            self.unwatch(s.hold.fileno())
+            s.hold.close()
+            s.hold = None
+
+    # -- reaping
+
+    def reap(self, wake: socket.socket) -> None:
+        try:
+            while wake.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        by_pid = {s.pid: s for s in self.sessions.values() if s.pid and s.status is None}
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | WALL)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in by_pid:
+                self.died(by_pid[pid], status)
+            elif pid in self.pauses:
+                self.over(self.pauses.pop(pid))
+            elif any(not s.pid for s in self.sessions.values()):
+                self.unclaimed[pid] = status
+        if not any(not s.pid for s in self.sessions.values()):
+            self.unclaimed.clear()  # strangers, made our children by CLONE_PARENT: reaped, nothing kept
+
+    def died(self, s: Session, status: int) -> None:
+        """The worker has ended: its caller hears at once; what it left behind ends now."""
+        s.status = status
+        message: Message = {"op": "exit", "status": status}
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and oom_kills(s.leaf):
+            message["error"] = Error("memory", f"pocket {s.note.get('pocket')} reached its memory.max").wire()
+        self.say(s, message)
+        self.finish(s)
+
+    def over(self, s: Session) -> None:
+        """The session's pid namespace is empty."""
+        if s.status is None and s.request is None and s.pid:
+            try:
+                _, s.status = os.waitpid(s.pid, os.WNOHANG | WALL)
+            except ChildProcessError:
+                s.status = signal.SIGKILL
+        self.close_hold(s)
+        if s.output is not None:
+            while s.output in self.handlers and select.select([s.output], [], [], 0)[0] and self.drain_worker(s):
+                pass
+            self.unwatch(s.output)
+            os.close(s.output)
+        for fd in (s.pidfd, s.pause.pidfd, s.leaf):
+            if fd >= 0:
+                os.close(fd)
+        self.sessions.pop(s.id, None)
+        ended = {"session": s.id, "note": s.note, "status": s.status}
+        self.ended[s.id] = ended
+        while len(self.ended) > 1000:
+            self.ended.pop(next(iter(self.ended)))
+        self.tell({"op": "session-ended", **ended})
+
+
+def _credentials(sock: socket.socket) -> Any:
+    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for a signal (proc_pid_status(5), SigCgt)."""
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            for line in f:
+                if line.startswith("SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    except OSError:
+        pass
+    return False
+
+
+def oom_kills(leaf: int) -> int:
+    """How many processes of this cgroup the kernel killed for its memory limit (memory.events); 0 without the controller."""
+    try:
+        fd = os.open("memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
+    except OSError:
+        return 0
+    with os.fdopen(fd) as f:
+        return sum(int(line.split()[1]) for line in f if line.startswith("oom_kill "))
+
+
+def start_template(
+    command: Optional[List[str]], environment: Dict[str, str], talk: socket.socket, err: int, leaf: int
+) -> int:
+    """A root template, born in its own leaf: `command` with `talk` as descriptor 3, or, without one, this process's
+    own code (a launcher for root file systems that have no Python). Returns its pid."""
+    child = clone.fork(cgroup=leaf)
+    if child is not None:
+        os.close(child.pidfd)
+        return child.pid
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(err, 1)
+        os.dup2(err, 2)
+        fd = os.dup(talk.fileno())  # out of the way of 3
+        os.dup2(fd, 3)
+        os.closerange(4, 1 << 20)
+        os.chdir("/")
+        privileges.set_name("pocket-template")
+        if command:
+            os.set_inheritable(3, True)
+            os.execve(command[0], command, environment)
+        template.main(socket.socket(fileno=3))
+    except BaseException as e:
+        os.write(2, f"{command[0] if command else 'launcher'}: {type(e).__name__}: {e}\n".encode())
+    os._exit(127)
+
+
+def main(listener: socket.socket, log_fd: int) -> None:
+    Init(listener, log_fd).run()

@@ -1,0 +1,155 @@
+"""Program mode: an unmodified program run as `__main__`, as `python PROGRAM` would run it.
+
+Sources: CPython's Modules/main.c (pymain_run_python, pymain_run_file_obj), Python/pythonrun.c (handle_system_exit).
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import io
+import marshal
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+import types
+import warnings
+from typing import Any, Callable, Dict
+
+from pocketd import wire
+from pocketd.wire import Message
+from runtime import interpreter
+
+_HERE = os.path.dirname(__file__)
+
+
+def run(start: Message) -> int:
+    """Run what `start` names and return its exit status. An uncaught KeyboardInterrupt ends the process by SIGINT."""
+    kind, name = wire.field(start, "kind", str), os.fsdecode(wire.field(start, "program", bytes))
+    arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
+    sys.argv[:] = [{"module": "-m", "code": "-c"}.get(kind, name), *arguments]
+    flag = {"module": ["-m", name], "code": ["-c", name]}.get(kind, [name])
+    sys.orig_argv[:] = [sys.executable, *flag, *arguments]
+    apply_environment()
+    try:
+        return guarded({"file": run_file, "module": run_module, "code": run_code}[kind], name)
+    except KeyboardInterrupt:
+        report()
+        interpreter.finish_by(signal.SIGINT)
+
+
+def apply_environment() -> None:
+    """PYTHON* variables as far as a running interpreter can follow them; those that it cannot make a run cold."""
+    path = os.environ.get("PYTHONPATH", "")
+    sys.path[:0] = [p or os.getcwd() for p in path.split(os.pathsep)] if path else []
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    asked = os.environ.get("PYTHONWARNINGS", "")
+    if asked:
+        sys.warnoptions[:] = asked.split(",")
+        warnings._processoptions(sys.warnoptions)  # type: ignore[attr-defined]
+    if os.environ.get("PYTHONFAULTHANDLER"):
+        import faulthandler
+
+        faulthandler.enable()
+
+
+def guarded(runner: Callable[[str], int], name: str) -> int:
+    try:
+        return runner(name)
+    except SystemExit as e:
+        return exit_status(e)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        report()
+        return 1
+
+
+def exit_status(e: SystemExit) -> int:
+    if e.code is None:
+        return 0
+    if isinstance(e.code, int):
+        return e.code & 0xFF
+    interpreter.flush()
+    interpreter.complain(f"{e.code}\n")
+    return 1
+
+
+def report() -> None:
+    """Show the exception as the interpreter does, without the frames of ours through which it came."""
+    kind, value, traceback = sys.exc_info()
+    while traceback and os.path.dirname(traceback.tb_frame.f_code.co_filename) == _HERE:
+        traceback = traceback.tb_next
+    assert kind and value
+    value.__traceback__ = traceback
+    sys.last_type, sys.last_value, sys.last_traceback = kind, value, traceback
+    interpreter.flush()
+    try:
+        sys.excepthook(kind, value, traceback)
+    except SystemExit:
+        raise
+    except BaseException:
+        interpreter.complain("Error in sys.excepthook:\n")
+        sys.__excepthook__(*sys.exc_info())
+        interpreter.complain("\nOriginal exception was:\n")
+        sys.__excepthook__(kind, value, traceback)
+
+
+def main_module(**attributes: Any) -> Dict[str, Any]:
+    """A fresh `__main__`; returns its namespace."""
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={}, **attributes)
+    sys.modules["__main__"] = main
+    return main.__dict__
+
+
+def run_file(name: str) -> int:
+    path = os.path.abspath(name)
+    importer = pkgutil.get_importer(path)
+    if importer is not None and _holds_main(importer):
+        sys.path.insert(0, path)  # a directory or zip file with a __main__.py
+        main_module()
+        runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        return 0
+    try:
+        with io.open_code(path) as f:
+            source = f.read()
+    except OSError as e:
+        if isinstance(e, IsADirectoryError):
+            interpreter.complain(f"{sys.executable}: can't find '__main__' module in {name!r}\n")
+            return 1
+        interpreter.complain(f"{sys.executable}: can't open file {path!r}: [Errno {e.errno}] {e.strerror}\n")
+        return 2
+    sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    namespace = main_module(__file__=path, __cached__=None)
+    if source[:4] == importlib.util.MAGIC_NUMBER:
+        namespace["__loader__"] = importlib.machinery.SourcelessFileLoader("__main__", path)
+        code = marshal.loads(source[16:])
+    else:
+        namespace["__loader__"] = importlib.machinery.SourceFileLoader("__main__", path)
+        code = compile(source, path, "exec", dont_inherit=True)
+    exec(code, namespace)
+    return 0
+
+
+def _holds_main(importer: Any) -> bool:
+    try:
+        return importer.find_spec("__main__") is not None
+    except Exception:
+        return False
+
+
+def run_module(name: str) -> int:
+    sys.path.insert(0, os.getcwd())
+    main_module()
+    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    return 0
+
+
+def run_code(source: str) -> int:
+    sys.path.insert(0, "")
+    namespace = main_module(__loader__=importlib.machinery.BuiltinImporter)
+    exec(compile(source, "<string>", "exec", dont_inherit=True), namespace)
+    return 0

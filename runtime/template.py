@@ -1,0 +1,167 @@
+"""A template: a process held ready to be forked, and the loop in which it waits.
+
+Started by init with one SEQPACKET socket. First `begin` says what to load; then each `fork` becomes a worker and each
+`template` a warmer template, both by live fork: threads, models and all. What a template has once held every later
+worker of every pocket inherits, so nothing of a caller ever comes here: a fork message carries descriptors and a few
+numbers, and the child reads the rest from the session's own socket.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+from nsutil import clone, namespaces, privileges
+from nsutil.messages import Fds, MessageError
+from pocketd import wire
+from pocketd.wire import Error, Message
+from runtime import interpreter, models, runtimes, worker
+
+# A private network namespace unless the pocket may use the host's.
+_FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
+
+
+@dataclass
+class Template:
+    """What a template is; a child that becomes a warmer one starts from a copy of its parent's."""
+
+    talk: socket.socket
+    begin: Message
+    runtime: Any
+    ancestors: Tuple[int, ...] = ()  # pids that no worker may have, since many libraries detect a fork by getpid
+    models: Dict[str, Any] = field(default_factory=dict)
+
+    reopen: Tuple[int, ...] = ()
+
+    def say(self, message: Message, fds: Iterable[int] = ()) -> None:
+        wire.send(self.talk, message, fds)
+
+
+def main(talk: socket.socket) -> None:
+    """Load what `begin` names, then serve until the socket closes. Never returns in a template."""
+    interpreter.set_up()
+    begin, fds = wire.receive(talk)
+    fds.close()
+    clean = interpreter.Clean.remember()
+    template = Template(talk, begin, runtimes.get(begin["runtime"]))
+    if begin.get("bounding", True):
+        privileges.drop_bounding_set()
+    while True:  # each turn is one template: this process's first, then what its live forks become
+        warm(template)
+        successor = serve(template, clean)
+        if successor is None:
+            os._exit(0)
+        template = successor
+
+
+def warm(template: Template) -> None:
+    """Load, settle and say that we are ready; or say what went wrong, on the socket and on standard error, and end."""
+    start = time.monotonic()
+    begin = template.begin
+    try:
+        if begin.get("models") is None:
+            template.say({"op": "progress", "text": f"loading {', '.join(begin['preload']) or begin['runtime']}"})
+            template.runtime.preload(begin["preload"])
+        else:
+            for name, source in begin["models"].items():
+                template.say({"op": "progress", "text": f"loading model {name} ({source})"})
+                template.models[name] = models.load(template.runtime, name, source)
+        privatized = getattr(clone, 'privatize_shared_mappings', list)()
+        obstacles = getattr(clone, 'inspect', lambda k: [])({0, 1, 2, template.talk.fileno()})
+        refused = [o for o in obstacles if o.remedy == "refuse"]
+        if refused:
+            what = "; ".join(str(o) for o in refused)
+            raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
+        template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+    except BaseException as e:
+        if not isinstance(e, Error):
+            traceback.print_exc()
+            e = Error("template", f"{type(e).__name__}: {e}")
+        template.say({"op": "failed", "error": e.wire()})
+        os._exit(1)
+    template.say(
+        {
+            "op": "ready",
+            "seconds": time.monotonic() - start,
+            "threads": len(os.listdir("/proc/self/task")),
+            "privatized": privatized,
+            "models": sorted(template.models),
+        }
+    )
+
+
+def serve(template: Template, clean: interpreter.Clean) -> Optional[Template]:
+    """Fork as asked. Returns, in a child, the warmer template that it is to be; None when the socket has closed."""
+    avoid = (*template.ancestors, os.getpid())
+    while True:
+        try:
+            message, fds = wire.receive(template.talk)
+        except (EOFError, OSError, MessageError):
+            return None
+        with fds:
+            if message["op"] == "fork":
+                fork_worker(template, message, fds, avoid, clean)
+            elif message["op"] == "template":
+                successor = fork_template(template, message, fds, avoid)
+                if successor:
+                    return successor
+
+
+def fork_worker(
+    template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...], clean: interpreter.Clean
+) -> None:
+    """One launch. The child never returns from here."""
+    leaf, pause, session = fds.take(), fds.take(), fds.take()
+    handed = fds.rest()
+    try:
+        flags = _FLAGS if message["network"] == "host" else _FLAGS | namespaces.CLONE_NEWNET
+        child = clone.live_fork(
+            flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
+        )
+        if child is None:
+            worker.run(template, message, session, handed, clean)
+    except OSError as e:
+        error = Error("fork", f"the template could not fork: {e}")
+        template.say({"op": "refused", "session": message["session"], "error": error.wire()})
+        return
+    finally:
+        for fd in (leaf, pause, session, *handed):
+            os.close(fd)
+    template.say({"op": "forked", "session": message["session"], "pid": child.pid}, [child.pidfd])
+    os.close(child.pidfd)
+
+
+def fork_template(template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...]) -> Optional[Template]:
+    """A warmer template: a live fork that goes on here with a socket and a standard error of its own."""
+    leaf, talk, err = fds.take(), fds.take(), fds.take()
+    try:
+        child = clone.live_fork(cgroup=leaf, parent=True)
+        if child is not None:
+            template.say({"op": "forked", "template": message["template"], "pid": child.pid})
+            os.close(child.pidfd)
+            return None
+        clone.revive()
+        template.talk.close()
+        os.dup2(err, 1)
+        os.dup2(err, 2)
+        own = socket.socket(fileno=os.dup(talk))
+    finally:
+        for fd in (leaf, talk, err):
+            os.close(fd)
+    begin, none = wire.receive(own)
+    none.close()
+    gc.enable()
+    return Template(own, begin, template.runtime, avoid, dict(template.models))
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=3))

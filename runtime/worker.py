@@ -1,0 +1,145 @@
+"""A worker's steps, from its birth in a template to the first line of app code.
+
+It is born with one thread, all signals blocked, in its leaf cgroup and pid namespace. It takes its place (namespaces,
+mounts), gives up every privilege, and only then reads what the caller sent, lets the template's other threads come
+back and runs the app. Whatever fails before that line is said on the session's socket, and the process ends with 125.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any, List, NoReturn
+
+from nsutil import clone, mounts, namespaces, privileges
+from nsutil.messages import MessageError
+from pocketd import wire
+from pocketd.wire import Error, Message
+from runtime import cold, interpreter, program, randomness, session
+
+FAILED = 125  # pocketd's own failure, as podman's
+
+
+def run(template: Any, message: Message, session_fd: int, handed: List[int], clean: interpreter.Clean) -> NoReturn:
+    """Become the worker of one session. `handed`: the output pipe in client mode, the file trees, the network."""
+    code = FAILED
+    sock = socket.socket(fileno=session_fd)
+    try:
+        os.setsid()
+        interpreter.close_others({session_fd, *handed, *template.reopen})
+        output = handed.pop(0) if message["mode"] == "client" else None
+        if message["network"] == "host":
+            namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)
+        settle(message, handed)
+        confine(message)
+        start, fds = wire.receive(sock)
+        take_stdio(start, fds.rest(), output)
+        interpreter.adopt(start)
+        difference = cold.reason(template.runtime, template.begin, start)
+        if difference is not None:
+            sock.close()
+            cold.run(template.begin, start, difference)
+        privileges.dumpable(True)
+        clone.revive()
+        interpreter.reopen(template.reopen)
+        randomness.renew()
+        clean.restore()
+        if start["mode"] == "client":
+            code = session.serve(sock, start, template.runtime, template.models, message["directory"])
+        else:
+            sock.close()
+            code = program.run(start)
+        interpreter.finish(code, full=message["exit"] == "full")
+    except KeyboardInterrupt:
+        interpreter.die_by(signal.SIGINT)
+    except (EOFError, MessageError):
+        pass  # the caller went before it said what to run
+    except BaseException as e:
+        tell(sock, e)
+    os._exit(code)
+
+
+def tell(sock: socket.socket, e: BaseException) -> None:
+    """Say on the session's socket why there will be no first line."""
+    error = e if isinstance(e, Error) else Error("launch", f"{type(e).__name__}: {e}")
+    try:
+        wire.send(sock, {"op": "failed", "error": error.wire()}, flags=socket.MSG_DONTWAIT)
+    except OSError:
+        os.write(2, f"pocket: {error.message}\n".encode())
+
+
+def settle(message: Message, trees: List[int]) -> None:
+    """Take a place of one's own: cgroup namespace, host name, network, and the pocket's view of files."""
+    namespaces.unshare(namespaces.CLONE_NEWCGROUP)
+    namespaces.set_hostname(message["hostname"])
+    if message["network"] == "none":
+        namespaces.loopback_up()
+    m = mounts
+    m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
+    m.tmpfs("/tmp", size=message["tmp"], mode=0o1777)
+    m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
+    m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    made: List[str] = []
+    home = message["home"]
+    if home and not os.path.isdir(home):
+        m.make_room(home, made)
+        os.makedirs(home)
+    if home:
+        m.tmpfs(home, size=message["tmp"], mode=0o700)
+        os.chown(home, message["uid"], message["gid"])
+    for tree, place in sorted(zip(trees, message["mounts"]), key=lambda pair: len(pair[1]["target"])):
+        attach(tree, place, made)
+    m.seal(made)
+
+
+def attach(tree: int, place: Message, made: List[str]) -> None:
+    """Attach one tree at its target, and at its alias; descriptors are closed, since they lead out of here."""
+    target = place["target"]
+    if not os.path.lexists(target):
+        mounts.make_room(target, made)
+        if place["directory"]:
+            os.makedirs(target, 0o755)
+        else:
+            mounts.point(target, "/dev/null")
+    mounts.attach(tree, target)
+    os.close(tree)
+    if place.get("alias"):
+        copy = mounts.open_tree(target)
+        mounts.attach(copy, place["alias"])
+        os.close(copy)
+
+
+def confine(message: Message) -> None:
+    """Give up everything, for good: every thread that comes back later lacks it too."""
+    privileges.new_session_keyring()
+    privileges.become(message["uid"], message["gid"])
+    privileges.dumpable(False)
+    oom(0)
+
+
+def oom(score: int) -> None:
+    """Workers are killed before their template (design, "Cgroups")."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write(str(score))
+    except OSError:
+        pass  # it was not raised above what an unprivileged process may set
+
+
+def take_stdio(start: Message, fds: List[int], output: Any) -> None:
+    """Standard input, output and error: the caller's in program mode; nothing and the service's log in client mode."""
+    if output is not None:
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        fds, present = [null, output, os.dup(output)], [0, 1, 2]
+    else:
+        present = wire.field(start, "stdio", list)
+    if len(present) != len(fds) or any(n not in (0, 1, 2) for n in present):
+        raise Error("bad-request", "the start message does not carry the descriptors that it names")
+    moved = [(n, fd if fd > 2 else os.dup(fd)) for n, fd in zip(present, fds)]
+    for n, fd in moved:
+        os.dup2(fd, n)  # inheritable, as standard streams are
+        os.close(fd)
+    for n in {0, 1, 2} - set(present):
+        os.close(n)
+
