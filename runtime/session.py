@@ -112,22 +112,28 @@ class Session:
         if type(id) is not int or id <= 0:
             raise MessageError("a request without an id")
         try:
-            for arena, offset in message.get("free", ()):
-                self._heap.free(arena, offset)
-            for arena in message.get("drop", ()):
-                self._theirs.drop(arena)
+            if "free" in message:
+                for arena, offset in message["free"]:
+                    self._heap.free(arena, offset)
+            if "drop" in message:
+                for arena in message["drop"]:
+                    self._theirs.drop(arena)
         except (TypeError, ValueError, tensors.BadTensor):
             raise MessageError("a list of freed ranges that is none") from None
         reply = self._answer(id, message)
         del message  # tensors of the call are views of the client's memory: let go before the client may reuse it
-        for number, fd in self._heap.fresh:
+        if self._heap.fresh:
+            self._announce()
+        messages.send(self._sock, reply)
+
+    def _announce(self) -> None:
+        while self._heap.fresh:
+            number, fd = self._heap.fresh.pop(0)
             announcement = self._format.pack({"v": wire.VERSION, "op": "arena", "arena": number})
             try:
                 messages.send(self._sock, announcement, [fd])
             finally:
                 os.close(fd)
-        self._heap.fresh.clear()
-        messages.send(self._sock, reply)
 
     def _answer(self, id: int, message: wire.Message) -> bytes:
         """Do what is asked; the packed reply. Whatever goes wrong in a call is a reply too."""
@@ -139,9 +145,16 @@ class Session:
             self._current = id
             if id in self._cancelled:
                 raise Cancel
-            value = self._do(message)
-            packed = self._pack({"v": wire.VERSION, "id": id, "ok": True, "value": value})
+            reply = {"v": wire.VERSION, "id": id, "ok": True, "value": self._do(message)}
+            if self._heap.dropped:
+                reply["drop"] = self._heap.dropped
+            packed = self._format.pack(reply)
             self._current = 0
+            if len(packed) > messages.MAX_BODY:
+                size = f"{len(packed)} bytes; at most {messages.MAX_BODY} travel"
+                raise Error("bad-value", f"the result takes {size}, more as an array")
+            if self._heap.dropped:
+                self._heap.dropped = []
             return packed
         except BaseException as e:
             self._current = 0
@@ -150,39 +163,28 @@ class Session:
             error = e if isinstance(e, Error) else self._error(e)
             return self._format.pack({"v": wire.VERSION, "id": id, "error": error.wire()})
 
-    def _pack(self, reply: wire.Message) -> bytes:
-        dropped, self._heap.dropped = self._heap.dropped, []
-        packed = self._format.pack({**reply, "drop": dropped} if dropped else reply)
-        if len(packed) > messages.MAX_BODY:
-            raise Error(
-                "bad-value",
-                f"the result takes {len(packed)} bytes, at most {messages.MAX_BODY} travel; return an array",
-            )
-        return packed
-
     def _do(self, message: wire.Message) -> Any:
         op = message.get("op")
-        if op == "load":
-            return self._load(wire.field(message, "path", str))
         if op == "call":
-            target = wire.field(message, "target", str)
-            function = self._functions.get(target) or self._find(target)
+            target = message.get("target")
+            function = (type(target) is str and self._functions.get(target)) or self._find(target)
         elif op == "model":
-            model = self._model(message.get("model"))
-            method = wire.field(message, "method", str, None) if message.get("method") is not None else None
-            function = model if method is None else model.method(method)
+            model, method = self._model(message.get("model")), message.get("method")
+            function = model if method is None else model.method(wire.field(message, "method", str))
+        elif op == "load":
+            return self._load(wire.field(message, "path", str))
         else:
             raise Error("bad-request", f"there is no operation {str(op)[:40]!r} in a session")
-        args, kwargs = message.get("args", ()), message.get("kwargs", {})
-        if type(args) not in (tuple, list) or type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
-            raise Error("bad-request", "args must be a sequence and kwargs a map with string keys")
+        args, kwargs = message.get("args"), message.get("kwargs")
+        if type(args) is not list or type(kwargs) is not dict or (kwargs and not all(type(k) is str for k in kwargs)):
+            raise Error("bad-request", "args must be a list and kwargs a map with string keys")
         return function(*args, **kwargs)
 
-    def _find(self, target: str) -> Callable[..., Any]:
+    def _find(self, target: Any) -> Callable[..., Any]:
         """The function "module:function", imported from the pocket's directory first."""
-        module, _, attribute = target.partition(":")
+        module, _, attribute = target.partition(":") if type(target) is str else ("", "", "")
         if not module or not attribute:
-            raise Error("bad-request", f"{target!r} names no function; write module:function")
+            raise Error("bad-request", f"{str(target)[:80]!r} names no function; write module:function")
         found: Any = importlib.import_module(module)
         for name in attribute.split("."):
             found = getattr(found, name)

@@ -112,6 +112,7 @@ class Session:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._queue: List[Outgoing] = []
         self._over: Optional[errors.PocketError] = None
+        self._draining = False
         for source in (self._sock, self._hold):
             source.setblocking(False)
         os.set_blocking(cancel, False)
@@ -139,7 +140,7 @@ class Session:
 
     async def call(self, target: str, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
         """Call "module:function" of the pocket's own code in the worker; see the blocking form."""
-        return await self._request("call", timeout, target=target, args=args, kwargs=kwargs)
+        return await self._request("call", timeout, target=target, args=list(args), kwargs=kwargs)
 
     def close(self) -> None:
         """End the session and its worker. Calls still in flight get SessionClosed."""
@@ -169,7 +170,7 @@ class Session:
 
     def invoke(self, model: Any, method: Optional[str], args: Any, kwargs: Any, timeout: Optional[float]) -> Any:
         """Run a model; `Model` calls it."""
-        return self._request("model", timeout, model=model, method=method, args=args, kwargs=kwargs)
+        return self._request("model", timeout, model=model, method=method, args=list(args), kwargs=kwargs)
 
     async def _request(self, op: str, timeout: Optional[float], **fields: Any) -> Any:
         if self._over is not None:
@@ -226,12 +227,12 @@ class Session:
                 reply = self._core.feed(*messages.receive(self._sock))
                 if self._core.ready is not None and not self._ready.done():
                     self._ready.set_result(None)
-                waiting = self._waiting.get(reply.id) if reply else None
-                if reply and waiting and not waiting.done():
-                    if reply.error is None:
-                        waiting.set_result(reply.value)
-                    else:
-                        waiting.set_exception(reply.error)
+                if reply is None:
+                    continue
+                id, value, error = reply
+                waiting = self._waiting.get(id)
+                if waiting and not waiting.done():
+                    waiting.set_result(value) if error is None else waiting.set_exception(error)
         except BlockingIOError:
             return
         except (EOFError, OSError):
@@ -243,6 +244,9 @@ class Session:
 
     def _ended(self) -> None:
         """The worker, or its init, has gone: learn why without blocking the loop, then tell everybody who waits."""
+        if self._over is None and not self._draining:
+            self._draining = True
+            self._readable()  # its last words come first
         if self._over is None:
             self._silence()
             self._over = errors.WorkerDied("the worker ended")

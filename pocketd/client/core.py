@@ -20,7 +20,7 @@ import collections
 import os
 import struct
 import sys
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Deque, Dict, List, Optional, Tuple
 
 from nsutil import messages
 from nsutil.messages import Fds, MessageError
@@ -34,19 +34,11 @@ CLIENT_PARITY, WORKER_PARITY = 1, 0
 CANCEL = struct.Struct("<Q")
 
 
-class Outgoing(NamedTuple):
-    """A packed message and its descriptor, which whoever sends it closes."""
+Outgoing = Tuple[bytes, Optional[int]]
+"""A packed message and its descriptor, which whoever sends it closes."""
 
-    body: bytes
-    fd: Optional[int]
-
-
-class Reply(NamedTuple):
-    """The end of one call. `error` is None when it went well."""
-
-    id: int
-    value: Any
-    error: Optional[errors.PocketError]
+Reply = Tuple[int, Any, Optional[errors.PocketError]]
+"""The end of one call: its number, its value, and its error, which is None when it went well."""
 
 
 class Core:
@@ -98,12 +90,11 @@ class Core:
             raise errors.of(e) if isinstance(e, wire.Error) else e from None
         self._calls[id] = keep
         if not self._heap.fresh:
-            return id, [Outgoing(body, None)]
+            return id, [(body, None)]
         announced, self._heap.fresh = self._heap.fresh, []
-        arenas = [
-            Outgoing(self._format.pack({"v": wire.VERSION, "op": "arena", "arena": n}), fd) for n, fd in announced
-        ]
-        return id, [*arenas, Outgoing(body, None)]
+        named = ({"v": wire.VERSION, "op": "arena", "arena": number} for number, _ in announced)
+        arenas: List[Outgoing] = [(self._format.pack(m), fd) for m, (_, fd) in zip(named, announced)]
+        return id, [*arenas, (body, None)]
 
     def models(self) -> Tuple[str, ...]:
         """Names of the models that this session may use."""
@@ -135,43 +126,45 @@ class Core:
         `fds` are consumed. Raises errors.ProtocolError for what the worker must not send (the session is then over),
         and the error with which the worker reports that it failed to start.
         """
-        with fds:
-            try:
-                message = self._format.unpack(body)
-            except MessageError as e:
-                raise errors.ProtocolError(f"the worker sent what is no message: {e}") from None
+        try:
+            message = self._format.unpack(body)
             id = message.get("id")
-            if type(id) is int and id in self._calls:
-                if len(fds):
-                    raise errors.ProtocolError("the worker sent descriptors with a reply")
+            if id in self._calls and not len(fds):
                 return self._finish(id, message)
-            op = message.get("op")
-            if op == "arena" and type(message.get("arena")) is int and len(fds) == 1:
-                try:
-                    self._theirs.receive(message["arena"], next(iter(fds)))
-                except tensors.BadTensor as e:
-                    raise errors.ProtocolError(f"the worker announced an arena wrongly: {e.message}") from None
-            elif op == "ready" and self.ready is None:
-                self.ready = message
-            elif op == "failed":
-                failure = errors.of(wire.Error.unwire(message.get("error")), errors.ServiceFailed)
-                raise failure
-            else:
-                raise errors.ProtocolError("the worker sent a message that is none of this protocol")
-        return None
+            self._notice(message, fds)
+            return None
+        except MessageError as e:
+            raise errors.ProtocolError(f"the worker sent what is no message: {e}") from None
+        finally:
+            fds.close()
+
+    def _notice(self, message: Dict[str, Any], fds: Fds) -> None:
+        """A message that is no reply."""
+        op = message.get("op")
+        if op == "arena" and type(message.get("arena")) is int and len(fds) == 1:
+            try:
+                self._theirs.receive(message["arena"], next(iter(fds)))
+            except tensors.BadTensor as e:
+                raise errors.ProtocolError(f"the worker announced an arena wrongly: {e.message}") from None
+        elif op == "ready" and self.ready is None:
+            self.ready = message
+        elif op == "failed":
+            raise errors.of(wire.Error.unwire(message.get("error")), errors.ServiceFailed)
+        else:
+            raise errors.ProtocolError("the worker sent a message that is none of this protocol")
 
     def _finish(self, id: int, message: Dict[str, Any]) -> Optional[Reply]:
         del self._calls[id]
         fault = self._format.fault()
         for dropped in message.get("drop", ()):
             self._theirs.drop(dropped)
-        if self._abandoned.pop(id, None):
+        if self._abandoned and self._abandoned.pop(id, None):
             return None  # its tensors, if any, die with `message`
         if fault:
             raise errors.ProtocolError(f"the worker's reply names a tensor that cannot be used: {fault.message}")
         if "error" in message:
-            return Reply(id, None, errors.of(wire.Error.unwire(message["error"])))
-        return Reply(id, message.get("value"), None)
+            return id, None, errors.of(wire.Error.unwire(message["error"]))
+        return id, message.get("value"), None
 
     def abandon(self, id: int) -> Optional[bytes]:
         """Nobody waits for this call any more: its late reply will be dropped, and what it holds given back then.

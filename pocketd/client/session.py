@@ -89,6 +89,7 @@ class Session:
         self.pocket: Optional[str] = login.reply.get("pocket")
         self.pid: Optional[int] = login.reply.get("pid")
         self._sock, self._hold, self._cancel = login.session, login.hold, cancel
+        self._fd = login.session.fileno()
         self._core = Core()
         self._lock = threading.RLock()
         self._current: Optional[int] = None
@@ -126,7 +127,7 @@ class Session:
         Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors.
         Raises RemoteError for an exception there, Timeout, Cancelled, BadTensor, BadValue, WorkerDied.
         """
-        return self._request("call", timeout, target=target, args=args, kwargs=kwargs)
+        return self._request("call", timeout, target=target, args=list(args), kwargs=kwargs)
 
     def cancel(self) -> None:
         """Cancel the call in progress, from another thread than the one that waits for it, which gets Cancelled."""
@@ -172,7 +173,7 @@ class Session:
 
     def invoke(self, model: Any, method: Optional[str], args: Any, kwargs: Any, timeout: Optional[float]) -> Any:
         """Run a model; `Model` calls it."""
-        return self._request("model", timeout, model=model, method=method, args=args, kwargs=kwargs)
+        return self._request("model", timeout, model=model, method=method, args=list(args), kwargs=kwargs)
 
     def _request(self, op: str, timeout: Optional[float], **fields: Any) -> Any:
         if timeout is None:
@@ -187,11 +188,12 @@ class Session:
                 raise errors.PocketError("this thread is in the middle of a call of this session", "busy")
             id, outgoing = self._core.request(op, **fields)
             self._current = id
+            late = "" if timeout is None else f"no reply within {timeout:g} s"
             try:
                 self._send(outgoing)
                 while True:
-                    reply = self._receive(deadline, f"no reply within {timeout} s")
-                    if reply is not None and reply.id == id:
+                    reply = self._receive(deadline, late)
+                    if reply is not None and reply[0] == id:
                         break
             except BaseException:
                 self._abandon(id)
@@ -200,14 +202,15 @@ class Session:
                 self._current = None
         finally:
             self._lock.release()
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
+        _, value, error = reply
+        if error is not None:
+            raise error
+        return value
 
     def _send(self, outgoing: Sequence[Outgoing]) -> None:
         try:
             for body, fd in outgoing:
-                messages.send(self._sock, body, () if fd is None else (fd,))
+                messages.send(self._sock, body, (fd,) if fd is not None else ())
         except (BrokenPipeError, ConnectionResetError):
             raise self._died() from None
         finally:
@@ -221,7 +224,7 @@ class Session:
         ready = self._poll.poll(None if left is None else left * 1000)
         if not ready:
             raise errors.Timeout(late)
-        if ready[0][0] != self._sock.fileno():
+        if ready[0][0] != self._fd:
             if any(fd == self._woken for fd, _ in ready):
                 os.read(self._woken, 4096)
                 raise errors.Cancelled("the call was cancelled")
