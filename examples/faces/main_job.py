@@ -62,7 +62,8 @@ def main() -> int:
     parser.add_argument("--apps", type=int, default=10, help="apps at once (default 10)")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         ways = compare(arguments.runs, arguments.apps)
         same_faces(ways)
