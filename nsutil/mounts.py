@@ -125,14 +125,18 @@ def make_room(target: str, made: list[str]) -> None:
         above = os.path.dirname(above)
     if any(above == m or above.startswith(m + "/") for m in made) or os.access(above, os.W_OK):
         return
-    old = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    cover(above, size=1 << 20)
+    made.append(above)
+
+
+def cover(directory: str, *, size: int, mode: int = 0o755) -> None:
+    """A tmpfs over `directory`, with everything that stands there shown in it as it is."""
+    old = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        inside = f"/proc/self/fd/{old}"
-        entries = os.listdir(inside)
-        tmpfs(above, size=1 << 20)
-        made.append(above)
+        entries = os.listdir(old)
+        tmpfs(directory, size=size, mode=mode)
         for name in entries:
-            show(f"{inside}/{name}", f"{above}/{name}")
+            show(f"/proc/self/fd/{old}/{name}", f"{directory}/{name}")
     finally:
         os.close(old)
 

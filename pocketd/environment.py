@@ -33,7 +33,7 @@ def library() -> list[list[str]]:
 
 
 # The wire format and what client and worker share; the rest of the package stays outside.
-SHARED = ("__init__.py", "wire.py", "arena.py", "tensors.py", "values.py")
+SHARED = ("__init__.py", "wire.py", "arena.py", "arrays.py", "tensors.py", "values.py")
 
 
 async def python_paths(python: Path | None) -> tuple[str, list[str]]:

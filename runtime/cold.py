@@ -27,6 +27,11 @@ INTERPRETER = (
     "PYTHONASYNCIODEBUG", "PYTHONSAFEPATH", "PYTHONINTMAXSTRDIGITS", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT",
     "LD_DEBUG", "GLIBC_TUNABLES", "MALLOC_*",
 )  # fmt: skip
+# Terraform's and Azure Pipelines' variables, which only look like TensorFlow's.
+OTHERS = (
+    "TF_CLI_*", "TF_VAR_*", "TF_LOG", "TF_LOG_*", "TF_INPUT", "TF_DATA_DIR", "TF_WORKSPACE", "TF_IN_AUTOMATION", "TF_BUILD",
+    "TF_REGISTRY_*", "TF_IGNORE", "TF_PLUGIN_*", "TF_REATTACH_PROVIDERS", "TF_TOKEN_*", "TF_STATE_*", "TF_CLOUD_*",
+)  # fmt: skip
 _SOURCE_LIMIT = 4 << 20
 
 
@@ -51,7 +56,9 @@ def reason(runtime: Any, begin: Message, start: Message) -> Optional[str]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns) and not any(
+        fnmatch.fnmatchcase(name, p) for p in OTHERS
+    )
 
 
 def differing(caller: Any, service: Dict[str, str], patterns: Sequence[str]) -> Optional[str]:

@@ -67,11 +67,11 @@ def build_root(spec: Specification) -> None:
     for entry in os.scandir("/"):  # mount points for pockets' directories, which appear at their own paths
         if entry.is_dir(follow_symlinks=False):
             os.makedirs(f"{root}/{entry.name}", exist_ok=True)
+    mounts.tmpfs(f"{root}/tmp", size=64 << 20, mode=0o1777)
     for path in spec.shown:
         show_path(path, root)
     make_devices(f"{root}/dev")
     mounts.mount("sysfs", f"{root}/sys", "sysfs", mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV)
-    mounts.tmpfs(f"{root}/tmp", size=64 << 20, mode=0o1777)
     for path, name in spec.library:
         target = f"{root}{LIBRARY}/{name}"
         mounts.point(target, path)

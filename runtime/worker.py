@@ -77,7 +77,7 @@ def settle(message: Message, trees: List[int]) -> None:
         namespaces.loopback_up()
     m = mounts
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
-    m.tmpfs("/tmp", size=message["tmp"], mode=0o1777)
+    m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
     made: List[str] = []
@@ -86,7 +86,7 @@ def settle(message: Message, trees: List[int]) -> None:
         m.make_room(home, made)
         os.makedirs(home)
     if home:
-        m.tmpfs(home, size=message["tmp"], mode=0o700)
+        m.cover(home, size=message["tmp"], mode=0o700)
         os.chown(home, message["uid"], message["gid"])
     for tree, place in sorted(zip(trees, message["mounts"]), key=lambda pair: len(pair[1]["target"])):
         attach(tree, place, made)
