@@ -116,7 +116,7 @@ def compare(runs: int, apps: int) -> list[Way]:
             with progress(f"service {SERVICE} on"):
                 pocketd.turn_on(SERVICE)
             served = (with_workers(pocketd), lambda: standing(pocketd))
-            with progress("first login, which makes the template that holds the detector"):
+            with progress("one login to warm up"):
                 together([client], *served)
             second = alone("program mode", program, "program.png", served)
             third = alone("client mode", client, "client.png", served)
