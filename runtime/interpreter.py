@@ -76,9 +76,9 @@ def reopen(fds: Iterable[int]) -> None:
 
 def adopt(start: Message) -> None:
     """Take over the caller's environment, directory, umask, limits, signal dispositions, locale, time zone and streams."""
-    pairs = wire.field(start, "environment", dict, {}).items()
+    pairs = wire.field(start, "environment", list, [])
     os.environ.clear()
-    for name, value in ((_bytes(k), _bytes(v)) for k, v in pairs):
+    for name, value in pairs:
         if name and b"=" not in name and b"\0" not in name + value:
             os.environb[name] = value
     os.umask(wire.field(start, "umask", int, 0o022) & 0o777)
@@ -92,10 +92,6 @@ def adopt(start: Message) -> None:
         pass  # not in this root file system: C, as for any program here
     time.tzset()
     set_streams()
-
-
-def _bytes(value: Any) -> bytes:
-    return value if isinstance(value, bytes) else os.fsencode(str(value))
 
 
 def change_directory(start: Message) -> None:

@@ -151,7 +151,7 @@ def log_in(control: Control, r: Request) -> Login:
         kind=r.kind,
         program=os.fsencode(r.program),
         arguments=[os.fsencode(a) for a in r.arguments],
-        environment=environment,
+        environment=list(environment.items()),
         directory=os.fsencode(os.getcwd()),
         umask=umask(),
         ignored=ignored(),
