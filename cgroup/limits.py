@@ -33,7 +33,7 @@ def _size(least: int, example: str) -> Callable[[object], str]:
         right = f'a size such as "{example}" (suffixes K M G T, of 1024), a number of bytes, or "max"'
         if value == "max":
             return "max"
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+        if not isinstance(value, (int, str)):  # True is an int, but str(True) is no number
             raise LimitError(f"is not a size; write {right}")
         found = re.fullmatch(r"([0-9]{1,19})(\.[0-9]{1,9})?([KMGTPE]?)", str(value))
         if not found or (found[2] and not found[3]):
@@ -54,7 +54,7 @@ def _number(least: int, most: int, example: str, unlimited: bool = False) -> Cal
         right = f"a whole number from {least} to {most} such as {example}" + (', or "max"' if unlimited else "")
         if unlimited and value == "max":
             return "max"
-        if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch("[0-9]{1,19}", str(value)):
+        if not isinstance(value, (int, str)) or not re.fullmatch("[0-9]{1,19}", str(value)):
             raise LimitError(f"is not a number; write {right}")
         if not least <= int(value) <= most:
             raise LimitError(f"is out of range; write {right}")

@@ -289,12 +289,11 @@ def _known(who: str) -> bool:
     return True
 
 
-def wrap(tree: Mapping[str, object], file: Path, depth: int = 4) -> Table:
-    """A TOML table with `file` at every value. No key of ours lies deeper than `depth` tables."""
+def wrap(tree: Mapping[str, object], file: Path) -> Table:
+    """A TOML table with `file` at every value."""
     table = Table(file)
     for key, value in tree.items():
-        deeper = isinstance(value, dict) and depth > 0
-        table[key] = wrap(value, file, depth - 1) if deeper else Entry(value, file)  # type: ignore[arg-type]
+        table[key] = wrap(value, file) if isinstance(value, dict) else Entry(value, file)
     return table
 
 

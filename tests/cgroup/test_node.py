@@ -118,6 +118,23 @@ def test_asyncio_waits_for_emptiness_without_blocking_the_loop(base, sleeper):
         assert asyncio.run(scenario(leaf)) >= 5
 
 
+def test_asyncio_keeps_waiting_over_changes_that_are_not_emptiness(base, sleeper):
+    async def scenario(leaf: Cgroup) -> None:
+        loop = asyncio.get_running_loop()
+        with leaf.watch() as watch:
+            loop.call_later(0.05, setattr, leaf, "freeze", True)  # cgroup.events shows it too
+            loop.call_later(0.10, setattr, leaf, "freeze", False)
+            threading.Timer(0.5, leaf.kill).start()  # a thread: a loop that spins would never come to it
+            await watch.empty(10)
+
+    with base.create("leaf") as leaf:
+        sleeper(leaf)
+        start = time.process_time()
+        asyncio.run(scenario(leaf))
+        assert not leaf.stats().populated
+        assert time.process_time() - start < 0.1  # it waited, and did not spin
+
+
 def test_a_watch_is_ready_once_for_a_change_and_quiet_after_it_was_read(base, sleeper):
     def ready(watch) -> bool:
         return bool(select.select([watch], [], [], 0.3)[0])
