@@ -87,10 +87,12 @@ class App:
         ]
         if len(times) != 2:
             raise Trouble(f"`{self.command}` logged {len(times)} times in place of 2; it said:\n{self.said()}")
+        if b"running it cold" in self.err:
+            raise Trouble(f"`{self.command}` was not served warm, so its times mean nothing here:\n{self.said()}")
         return Run(times[0], times[1], json.loads(self.out))
 
     def said(self) -> str:
-        return "\n".join("  " + line for line in self.err.decode(errors="replace").splitlines()[-12:])
+        return "\n".join("  " + line for line in self.err.decode(errors="replace").splitlines()[-20:])
 
     def release(self) -> None:
         """Let it end by itself, and see that it ends well."""

@@ -30,6 +30,9 @@ import measure
 from apps import App, Batch, Run, together
 from own_pocketd import BIN, OwnPocketd, Trouble
 
+import runtime.tensorflow
+from runtime import cold
+
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 SERVICE = "tensorflow"
@@ -112,7 +115,7 @@ def compare(runs: int, apps: int) -> list[Way]:
 
         first = alone("monolith", monolith, "monolith.png", (own_process, list))
         ten_monoliths = at_once("monoliths", monolith, (own_process, list))
-        with OwnPocketd(work, HERE / "pocketd.conf") as pocketd:
+        with OwnPocketd(work, configuration(work)) as pocketd:
             with progress(f"service {SERVICE} on"):
                 pocketd.turn_on(SERVICE)
             served = (with_workers(pocketd), lambda: standing(pocketd))
@@ -143,6 +146,19 @@ def app_directory(work: Path) -> Path:
         shutil.copy(HERE / name, directory)
     shutil.copy(Path(data_dir) / PHOTO, directory)
     return directory
+
+
+def configuration(work: Path) -> Path:
+    """This example's pocketd.conf, and a drop-in with those of our variables that TensorFlow reads at import:
+    a service has an environment of its own, a monolith has ours, and both are to compute alike."""
+    shutil.copy(HERE / "pocketd.conf", work)
+    kept = {name: value for name, value in os.environ.items() if cold.matches(name, runtime.tensorflow.VARIABLES)}
+    if kept:
+        drop_in = work / "pocketd.conf.d" / "50-environment.conf"
+        drop_in.parent.mkdir()
+        lines = [f"{name} = {json.dumps(value)}" for name, value in kept.items()]  # a TOML string too
+        drop_in.write_text("\n".join([f"[service.{SERVICE}.env]", *lines, ""]))
+    return work / "pocketd.conf"
 
 
 def deployed(files: Sequence[str], distributions: Sequence[str]) -> int:
