@@ -240,8 +240,11 @@ def notify(state: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-            s.connect("\0" + path[1:] if path.startswith("@") else path)
-            s.send(state.encode())
+            try:
+                s.connect("\0" + path[1:] if path.startswith("@") else path)
+                s.send(state.encode())
+            except OSError as e:  # who started us is gone, or never listened; the work goes on
+                events.emit("notify-failed", "warning", why=str(e))
 
 
 if __name__ == "__main__":
