@@ -96,6 +96,10 @@ class Arenas:
         check(handle, arena.size)
         return arena
 
+    def close(self) -> None:
+        """Forget all. Mappings go with their last view."""
+        self._arenas.clear()
+
     def __len__(self) -> int:
         return len(self._arenas)
 
@@ -138,10 +142,11 @@ class Heap:
         self._bins.setdefault(size, []).append((id, offset))
 
     def close(self) -> None:
-        """Close what was never announced. Mappings go with their last view."""
+        """Let go of everything; nothing is allocated any more. Mappings go with their last view."""
         for _, fd in self.fresh:
             os.close(fd)
         self.fresh.clear()
+        self.arenas.clear()
 
     def _carve(self, size: int) -> Optional[Tuple[int, int]]:
         for id, ranges in self._free.items():
@@ -168,6 +173,7 @@ class Heap:
             raise BadTensor(f"no shared memory for a tensor of {size} bytes: {e.strerror}") from None
         self.fresh.append((id, fd))
         self._free[id] = [(size, whole - size)] if whole > size else []
+        self._give_up()
         return id, 0
 
     def _merge(self) -> None:

@@ -6,6 +6,7 @@ that a call costs what the graph costs and results are those of `model(x, traini
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -200,10 +201,13 @@ def nested_models(made: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def keras_inputs(model: Any) -> Optional[List[Dict[str, Any]]]:
-    """What a Keras model takes; None for a subclassed one that does not say."""
+    """What a Keras model takes; None when it does not say."""
     takes = getattr(model, "inputs", None)
     if not isinstance(takes, (list, tuple)) or not takes:
-        return None
+        # A subclassed model; many say what they take as the default of their build().
+        usual = inspect.signature(model.build).parameters.get("input_shape")
+        shape = usual.default if usual else None
+        return [_described("inputs", "float32", shape)] if isinstance(shape, tuple) and shape else None
     return [
         _described(t.name.partition(":")[0], getattr(t.dtype, "name", None) or str(t.dtype), t.shape) for t in takes
     ]

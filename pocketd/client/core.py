@@ -32,6 +32,7 @@ from pocketd.values import Format
 
 CLIENT_PARITY, WORKER_PARITY = 1, 0
 CANCEL = struct.Struct("<Q")
+_NOTHING: List[Any] = []
 
 
 Outgoing = Tuple[bytes, Optional[int]]
@@ -58,7 +59,8 @@ class Core:
         self._calls: Dict[int, List[Any]] = {}
         self._abandoned: Dict[int, bool] = {}
         self._last = 0
-        self._keep: List[Any] = []
+        self._closed = False
+        self._keep: List[Any] = _NOTHING
 
     # Sending
 
@@ -88,6 +90,8 @@ class Core:
             self._freed.extend((a, o) for a, o in frees)
             self._heap.dropped[:0] = message.get("drop", ())
             raise errors.of(e) if isinstance(e, wire.Error) else e from None
+        finally:
+            self._keep = _NOTHING
         self._calls[id] = keep
         if not self._heap.fresh:
             return id, [(body, None)]
@@ -110,6 +114,8 @@ class Core:
 
     def tensor(self, shape: Tuple[int, ...], dtype: str) -> Tensor:
         """A new tensor in our own arena, its contents undefined. Raises errors.BadTensor."""
+        if self._closed:
+            raise errors.SessionClosed("the session is closed")
         try:
             size = tensors.nbytes(dtype, shape)
             self._return_own()
@@ -178,7 +184,10 @@ class Core:
 
     def close(self) -> None:
         """The session is over. Tensors that live on keep their memory."""
+        self._closed = True
         self._heap.close()
+        self._theirs.close()
+        self._calls.clear()
 
     # Tensors in values
 
