@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -74,8 +75,11 @@ class Hierarchy:
                 "systemd: mount -t cgroup2 none /sys/fs/cgroup"
             )
         try:
-            root = Cgroup(mount.path)
-            return cls(mount, root, frozenset(root.controllers), _disabled())
+            with ExitStack() as stack:
+                root = stack.enter_context(Cgroup(mount.path))
+                found = cls(mount, root, frozenset(root.controllers), _disabled())
+                stack.pop_all()  # `found` owns it now
+                return found
         except OSError as e:
             raise NoCgroup2(f"the cgroup2 at {mount.path} cannot be used: {e.strerror}") from None
 
@@ -111,19 +115,21 @@ class Hierarchy:
             raise ValueError("pocketd's cgroup cannot be the root of the hierarchy; name one beneath it")
         for part in parts:  # all of them before the first is made
             check_name(part)
-        above: Cgroup = self.root
-        for depth, part in enumerate(parts):
-            above.enable(controllers)
-            above.create(part, exist_ok=True).close()
-            if above is not self.root:
-                above.close()
-            above = Cgroup("/".join(parts[: depth + 1]), self.root)
+        here = self.root
+        for depth, part in enumerate(parts, 1):
+            try:
+                here.enable(controllers)
+                here.create(part, exist_ok=True).close()
+            finally:
+                if here is not self.root:
+                    here.close()
+            here = Cgroup("/".join(parts[:depth]), self.root)
         try:
-            above.enable(controllers)
+            here.enable(controllers)
         except BaseException:
-            above.close()
+            here.close()
             raise
-        return above
+        return here
 
     def refusals(self, limits: Collection[str], offered: Collection[str] | None = None) -> list[tuple[str, str]]:
         """Those of `limits` that cannot be enforced on this host, each with the reason and what to do.
@@ -153,7 +159,7 @@ def _disabled() -> frozenset[str]:
     return frozenset(row[0] for row in rows if len(row) == 4 and row[3] == "0")
 
 
-def own_path(pid: int | str = "self") -> str:
+def path_of(pid: int | str) -> str:
     """The cgroup of a process by its path beneath the cgroup2 mount ("/" for the root), from /proc/PID/cgroup.
 
     Raises OSError when the process is gone, NoCgroup2 when the kernel shows none.

@@ -7,7 +7,7 @@ import secrets
 
 import pytest
 
-from cgroup.hierarchy import Hierarchy, Mount, own_path, parse_mountinfo
+from cgroup.hierarchy import Hierarchy, Mount, parse_mountinfo, path_of
 
 UNIFIED = "26 20 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n"
 HYBRID = (
@@ -92,8 +92,8 @@ def test_open_of_a_cgroup_that_is_not_there_names_it(hierarchy):
 def test_a_process_is_found_by_the_path_that_the_kernel_shows(base, hierarchy, sleeper):
     with base.create("leaf") as leaf:
         pid = sleeper(leaf)
-        assert own_path(pid) == leaf.kernel_path
-        with hierarchy.open(own_path(pid)) as found:
+        assert path_of(pid) == leaf.kernel_path
+        with hierarchy.open(path_of(pid)) as found:
             assert found.procs == (pid,)
 
 

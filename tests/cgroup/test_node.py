@@ -60,8 +60,9 @@ def test_stats_say_what_the_kernel_says_and_none_for_absent_controllers(base, sl
     with base.create("leaf") as leaf:
         assert not leaf.stats().populated
         sleeper(leaf)
-        stats = leaf.stats()
-        assert stats.populated and stats.cpu_usec > 0
+        before, stats, after = leaf.cpu_stat, leaf.stats(), leaf.cpu_stat
+        assert stats.populated
+        assert before["usage_usec"] <= stats.cpu_usec <= after["usage_usec"]
         assert (stats.memory_current is None) == ("memory" not in leaf.controllers)
         assert (stats.pids_current is None) == ("pids" not in leaf.controllers)
 
