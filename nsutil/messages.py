@@ -113,7 +113,12 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
 
     Raises EOFError when the peer has closed, MessageError for what is not a message, OSError.
     """
-    data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | _CLOEXEC)
+    try:
+        data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | _CLOEXEC)
+    except ConnectionResetError:
+        # A peer that closed without having read all makes this error come once, ahead of what it had sent before
+        # (unix(7) is silent; __skb_try_recv_datagram looks at sk_err first). Its last words matter most.
+        data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | _CLOEXEC)
     if not ancillary and not got & (_TRUNCATED | _CONTROL_TRUNCATED) and data[:1] == _INLINE:
         return data[1:], _NONE
     fds = Fds(fd for level, kind, block in ancillary for fd in _descriptors(level, kind, block))

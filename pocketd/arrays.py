@@ -1,6 +1,7 @@
 """Copying arrays into a heap: the one copy that a tensor takes on its way out.
 
-An array is a numpy array or a buffer with a numeric format, such as array.array (msgpack sends a memoryview as bytes). numpy is used when it has been
+An array is a numpy array or a buffer with a numeric format, such as array.array (msgpack sends a
+memoryview as bytes). numpy is used when it has been
 imported already, and not needed for buffers.
 """
 

@@ -164,7 +164,7 @@ class Core:
         fault = self._format.fault()
         for dropped in message.get("drop", ()):
             self._theirs.drop(dropped)
-        if self._abandoned and self._abandoned.pop(id, None):
+        if self._abandoned and self._abandoned.pop(id, False):
             return None  # its tensors, if any, die with `message`
         if fault:
             raise errors.ProtocolError(f"the worker's reply names a tensor that cannot be used: {fault.message}")

@@ -1,4 +1,4 @@
-"""Stands in for pocketd and a service's init in the client's tests: logins only, each a plain fork that runs the real loop.
+"""Stands in for pocketd and a service's init in the client's tests: logins only, each a plain fork into the real loop.
 
 usage: standin.py RUNTIME RUNTIME_DIR MODELS(json)
 
@@ -13,13 +13,11 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
-from nsutil import messages
 from pocketd import wire
 from runtime import models as loading
 from runtime import session
-
-WAIT_KILLED = b"the hold socket's other end is gone"
 
 
 def main() -> None:
@@ -46,7 +44,7 @@ def main() -> None:
             answer(connection, request, dict(zip(request["roles"], fds, strict=True)), runtime, models)
 
 
-def answer(connection: socket.socket, request: wire.Message, fds: dict, runtime: object, models: dict) -> None:
+def answer(connection: socket.socket, request: wire.Message, fds: dict, runtime: Any, models: dict) -> None:
     id = request["id"]
     if request["name"] == "missing":
         error = wire.Error("unknown-name", "there is no service or pocket 'missing'; there is python")
@@ -70,7 +68,7 @@ def answer(connection: socket.socket, request: wire.Message, fds: dict, runtime:
     wire.send(connection, {"id": id, "ok": True, **reply})
 
 
-def init(request: wire.Message, fds: dict, runtime: object, models: dict, tell: int) -> None:
+def init(request: wire.Message, fds: dict, runtime: Any, models: dict, tell: int) -> None:
     """Parent of one worker: ends it when the hold socket ends, reports how it ended."""
     try:
         hold = socket.socket(fileno=os.dup(fds["hold"]))
@@ -89,8 +87,8 @@ def init(request: wire.Message, fds: dict, runtime: object, models: dict, tell: 
         os.write(tell, str(pid).encode())
         os.close(tell)
         pidfd = os.pidfd_open(pid)
-        ready, _, _ = select.select([pidfd, hold], [], [])
-        if hold in ready:
+        ready, _, _ = select.select([pidfd, hold.fileno()], [], [])
+        if hold.fileno() in ready:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         report = {"op": "exit", "status": status}
@@ -104,7 +102,7 @@ def init(request: wire.Message, fds: dict, runtime: object, models: dict, tell: 
 
 
 def worker(
-    request: wire.Message, sock: socket.socket, hold: socket.socket, fds: dict, runtime: object, models: dict
+    request: wire.Message, sock: socket.socket, hold: socket.socket, fds: dict, runtime: Any, models: dict
 ) -> int:
     hold.close()
     if "dir" in fds:

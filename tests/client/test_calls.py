@@ -15,7 +15,8 @@ from pocketd.client import BadTensor, BadValue, RemoteError, Session, SessionClo
 from pocketd.tensors import DTYPES
 
 PLAIN = [
-    None, True, 0, -1, 2**63, 1.5, "é", "", b"\0x", [], {}, [1, [2, {"a": [3]}]], {"a": {1: 2}}, (), (1, (2, [3, (4,)])),
+    None, True, 0, -1, 2**63, 1.5, "é", "", b"\0x", [], {}, (),
+    [1, [2, {"a": [3]}]], {"a": {1: 2}}, (1, (2, [3, (4,)])),
 ]  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""Time-outs and cancellation: the client is free at once, the worker is interrupted, the session goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pocketd.client import Cancelled, Session, Timeout
+
+
+def test_a_call_has_a_time_limit_and_is_interrupted_there(session: Session) -> None:
+    began = time.monotonic()
+    with pytest.raises(Timeout, match=r"0\.1 s"):
+        session.call("detector:nap", 30, timeout=0.1)
+    assert session.call("detector:add", 1, 2) == 3
+    assert time.monotonic() - began < 5
+
+
+def test_a_session_has_a_time_limit_for_its_calls(open_session: Callable[..., Session]) -> None:
+    session = open_session(call_timeout=0.1)
+    with pytest.raises(Timeout):
+        session.call("detector:nap", 30)
+    assert session.call("detector:nap", 0.3, timeout=5) == "rested"
+
+
+def test_a_timeout_is_a_timeout_error_of_python(session: Session) -> None:
+    with pytest.raises(TimeoutError):
+        session.call("detector:nap", 30, timeout=0.05)
+
+
+def test_another_thread_can_cancel(session: Session) -> None:
+    threading.Timer(0.1, session.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(Cancelled):
+        session.call("detector:nap", 30)
+    assert session.call("detector:add", 1, 2) == 3
+    assert time.monotonic() - began < 5
+
+
+def test_cancelling_nothing_does_nothing(session: Session) -> None:
+    session.cancel()
+    assert session.call("detector:add", 1, 2) == 3
+
+
+def test_ctrl_c_cancels_the_call(session: Session) -> None:
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.call("detector:nap", 30)
+    assert session.call("detector:add", 1, 2) == 3
+    assert time.monotonic() - began < 5
+
+
+def test_code_that_will_not_be_interrupted_delays_the_next_call_only(session: Session) -> None:
+    with pytest.raises(Timeout):
+        session.call("detector:stubborn", 0.6, timeout=0.1)
+    with pytest.raises(Timeout):
+        session.call("detector:add", 1, 2, timeout=0.05)  # waits behind it
+    assert session.call("detector:add", 1, 2) == 3
+
+
+def test_late_results_are_dropped_and_their_memory_used_again(session: Session) -> None:
+    for _ in range(5):
+        with pytest.raises(Timeout):
+            session.call("detector:stubborn", 0.1, timeout=0.01)  # returns an array, late
+    session.call("detector:add", 1, 2)
+    session.call("detector:add", 1, 2)
+    core = session._core
+    assert not core._calls and not core._abandoned and not core._freed and len(core._theirs) == 1
+
+
+def test_a_cancelled_calls_input_is_kept_until_the_worker_is_done_with_it(session: Session) -> None:
+    with pytest.raises(Timeout):
+        session.call("detector:stubborn", 0.3, timeout=0.05)
+    first = np.full(1000, 1, np.uint8)
+    with pytest.raises(Timeout):
+        session.call("detector:total", first, timeout=0.01)  # queued; its copy must not be overwritten
+    held = session._core._calls
+    assert len(held) == 2 and all(block is not None for keep in held.values() for block in keep)
+    a = session.tensor((1000,), "uint8")
+    assert a._block.offset != next(iter(held[max(held)])).offset
+    assert session.call("detector:add", 1, 2) == 3
+
+
+def test_hundreds_of_cancelled_calls_leave_the_session_well(session: Session) -> None:
+    for n in range(300):
+        with pytest.raises(Timeout):
+            session.call("detector:nap", 5, timeout=0.001 * (n % 3))
+    assert session.call("detector:add", 1, 2) == 3
+    assert session.call("detector:status")[2] == 1
