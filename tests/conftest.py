@@ -28,8 +28,7 @@ TIMEOUT = 120.0  # seconds: hangs, not speed
 
 def service_environment() -> dict[str, str]:
     """Variables that TensorFlow reads at import and this host sets: a service with the same ones runs nothing cold."""
-    patterns = tensorflow.VARIABLES
-    return {k: v for k, v in os.environ.items() if cold.matches(k, patterns)}
+    return {k: v for k, v in os.environ.items() if cold.compiled(tensorflow.VARIABLES).match(k)}
 
 
 def bare_environment() -> dict[str, str]:
@@ -97,7 +96,7 @@ class Pocketd:
     def command(self, *words: str | bytes) -> list[str | bytes]:
         """The `pocket` command from this checkout, which leaves no trace in what it passes on."""
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pocketd.command.main import main; main()"
-        return [sys.executable, "-c", code, *words]
+        return [sys.executable, "-I", "-c", code, *words]
 
     def pocket(self, *words: str | bytes, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run `pocket WORDS...` to its end, its output as text unless `text=False`."""
