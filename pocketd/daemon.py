@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import functools
 import grp
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
 from cgroup.limits import CONTROLLERS
+from cgroup.node import Cgroup
 from nsutil import processes
 from pocketd import __version__, config, events, permissions
 from pocketd.control import Control
@@ -31,12 +33,12 @@ OLDEST_KERNEL = (6, 1)
 class Daemon:
     """All that pocketd knows. Owns every descriptor in it."""
 
-    def __init__(self, settings: Config, hierarchy: Hierarchy, cgroup: str, runtime_dir: Path, state_dir: Path):
+    def __init__(self, settings: Config, hierarchy: Hierarchy, base: Cgroup, runtime_dir: Path, state_dir: Path):
         self.config = settings
         self.hierarchy = hierarchy
         self.runtime_dir = runtime_dir
         self.state_dir = state_dir
-        self.base = hierarchy.base(cgroup, CONTROLLERS)
+        self.base = base
         self.identities = Identities(state_dir / "ids.json")
         self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.services = {
@@ -148,15 +150,16 @@ def main() -> None:
         hierarchy = Hierarchy.find()
     except NoCgroup2 as e:
         sys.exit(f"pocketd: {e}")
-    explicit = options.config is not None
-    settings = config.load(options.config or config.DEFAULT_PATH, explicit, hierarchy.refusals)
+    read = functools.partial(config.load, options.config or config.DEFAULT_PATH, options.config is not None)
     if options.check:
-        sys.exit(check(settings))
+        sys.exit(check(read(hierarchy.refusals)))
     if os.geteuid() != 0:
         sys.exit("pocketd: must run as root: it makes namespaces, mounts and cgroups")
     release = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
     if release < OLDEST_KERNEL:
         sys.exit(f"pocketd: needs Linux 6.1 or later; this is {platform.release()}")
+    base = hierarchy.base(options.cgroup, CONTROLLERS)
+    settings = read(functools.partial(hierarchy.refusals, offered=base.files()))
     for problem in settings.problems:
         where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
         events.emit("config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message)
@@ -166,7 +169,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0o022)
     try:
-        asyncio.run(serve(options, settings, hierarchy))
+        asyncio.run(serve(options, settings, hierarchy, base))
     except Error as e:
         sys.exit(f"pocketd: {e}")
 
@@ -180,12 +183,12 @@ def check(settings: Config) -> int:
     return 0
 
 
-async def serve(options: argparse.Namespace, settings: Config, hierarchy: Hierarchy) -> None:
+async def serve(options: argparse.Namespace, settings: Config, hierarchy: Hierarchy, base: Cgroup) -> None:
     for path, mode in ((options.runtime_dir, 0o755), (options.state_dir, 0o700)):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
     lock = take_lock(options.runtime_dir)
-    daemon = Daemon(settings, hierarchy, options.cgroup, options.runtime_dir.resolve(), options.state_dir.resolve())
+    daemon = Daemon(settings, hierarchy, base, options.runtime_dir.resolve(), options.state_dir.resolve())
     await daemon.take_over()
     try:
         group = grp.getgrnam("pocket").gr_gid

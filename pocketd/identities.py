@@ -12,7 +12,7 @@ from pocketd.wire import Error
 
 # Above systemd's container range (524288 to 1879048191, systemd's UIDS-GIDS document) and below 2**31.
 FIRST, COUNT = 1_900_000_000, 1 << 16
-# Of these, named pockets have the lower half, for good; ad hoc ones take turns in the upper.
+# Of these, named pockets have the lower half, for good; ad hoc ones take what is free in the upper.
 _NAMED = COUNT // 2
 
 
@@ -22,7 +22,6 @@ class Identities:
     def __init__(self, path: Path):
         self._path = path
         self._named: dict[str, int] = {}
-        self._next = 0
         self._maps: dict[tuple[int, int, int], int] = {}
         if path.exists():
             try:
@@ -42,10 +41,8 @@ class Identities:
         return self._named[name]
 
     def ad_hoc(self, used: Collection[int]) -> int:
-        """An id that no running pocket has."""
-        for _ in range(_NAMED):
-            self._next = (self._next + 1) % _NAMED
-            uid = FIRST + _NAMED + self._next
+        """The lowest id that no running pocket has: its id maps are at hand, and it owns no file once its pocket has ended."""
+        for uid in range(FIRST + _NAMED, FIRST + COUNT):
             if uid not in used:
                 return uid
         raise Error("full", f"all {_NAMED} ids of ad hoc pockets are in use")

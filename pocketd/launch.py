@@ -99,6 +99,8 @@ def make_plan(
     offered = frozenset(service.definition.models)
     used = {s.note.get("uid", 0) for running in daemon.services.values() for s in running.sessions.values()}
     if definition is None:
+        if "defaults.run" in daemon.config.invalid:
+            raise Error("invalid", "[defaults.run] of the configuration is wrong; ad hoc runs would go without its limits")
         uid = peer.uid or daemon.identities.ad_hoc(used)
         gid = peer.gid if peer.uid else uid
         limits = daemon.config.run_limits

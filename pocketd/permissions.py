@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import grp
 import os
 import pwd
-import struct
 
 from nsutil import processes
-from nsutil.syscalls import SYS_OPENAT2, syscall
+from nsutil.beneath import open_beneath
 from pocketd.definitions import Pocket
 from pocketd.wire import Error
-
-# linux/openat2.h
-_RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x04, 0x08
-
 
 def check_may_run(pocket: Pocket, peer: processes.Peer) -> None:
     """Raise Error unless the caller is root or named by may_run, as itself or by a group."""
@@ -32,25 +26,17 @@ def check_may_run(pocket: Pocket, peer: processes.Peer) -> None:
         raise Error("forbidden", f"you may not run {pocket.name}: its `may_run` names neither you nor a group of yours")
 
 
-def beneath(directory: int, path: str, flags: int) -> int:
-    """Open `path` beneath a directory descriptor, through no symbolic link. The caller owns the descriptor. openat2(2)."""
-    how = ctypes.create_string_buffer(
-        struct.pack("3Q", flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH), 24
-    )
-    return syscall(SYS_OPENAT2, directory, ctypes.c_char_p(os.fsencode(path)), how, 24, call="openat2", detail=path)
-
-
 def writable(directory: int, path: str) -> int:
     """A path of the pocket's directory that it may write, made as a directory where it is missing."""
     try:
-        return beneath(directory, path, os.O_PATH)
+        return open_beneath(directory, path, os.O_PATH)
     except FileNotFoundError:
         parent, _, name = path.rpartition("/")
-        above = beneath(directory, parent, os.O_PATH | os.O_DIRECTORY) if parent else os.dup(directory)
+        above = open_beneath(directory, parent, os.O_PATH | os.O_DIRECTORY) if parent else os.dup(directory)
         try:
             os.mkdir(name, 0o755, dir_fd=above)
             owner = os.fstat(directory)
             os.chown(name, owner.st_uid, owner.st_gid, dir_fd=above, follow_symlinks=False)
         finally:
             os.close(above)
-        return beneath(directory, path, os.O_PATH)
+        return open_beneath(directory, path, os.O_PATH)

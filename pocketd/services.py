@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cgroup.hierarchy import Hierarchy
+from cgroup.hierarchy import Hierarchy, path_of
 from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
 from nsutil import messages, processes
@@ -458,7 +458,7 @@ class RunningService:
             return False
         wanted = f"{self.scope.kernel_path}/init"
         try:
-            found = _cgroup_of(self.init_pid)
+            found = path_of(self.init_pid)
         except OSError:
             found = ""
         if found != wanted:
@@ -516,14 +516,6 @@ def _python_in(rootfs: Path) -> str:
         if os.path.lexists(f"{rootfs}{path}"):
             return path
     raise Error("config", f"rootfs {rootfs} has no python3 in /usr/local/bin or /usr/bin; name one by `python`")
-
-
-def _cgroup_of(pid: int) -> str:
-    """The cgroup2 path of a process (cgroups(7), /proc/PID/cgroup)."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return line[3:]
-    return ""
 
 
 def _host_pid(leaf: Cgroup, pid_in_service: int) -> int:

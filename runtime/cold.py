@@ -11,10 +11,11 @@ import ast
 import errno
 import fnmatch
 import os
+import re
 import shutil
 import signal
 import sys
-from typing import Any, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Pattern, Sequence, Tuple
 
 from nsutil import privileges
 from pocketd import wire
@@ -43,28 +44,40 @@ def reason(runtime: Any, begin: Message, start: Message) -> Optional[str]:
         return ""
     if wire.field(start, "cold", bool, False):
         return ""
-    patterns = (*INTERPRETER, *runtime.VARIABLES)
+    pattern = expression(runtime)
     had: Dict[str, str] = begin["environment"]
-    name = differing(os.environ, had, patterns)
+    name = differing(os.environ, had, pattern)
     if name:
         return f"{name} differs from the service's, which read it at import"
     modules = tuple(begin["preload"]) or (begin["runtime"],)
     for name, value in assigned_before_import(start, modules):
-        if matches(name, patterns) and had.get(name) != value:
+        if pattern.match(name) and had.get(name) != value:
             return f"the program sets {name} before its imports"
     return None
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns) and not any(
-        fnmatch.fnmatchcase(name, p) for p in OTHERS
-    )
+def expression(runtime: Any) -> Pattern[str]:
+    """One expression for all variables that a runtime and its interpreter read at their start; made once in a template."""
+    name = runtime.__name__
+    if name not in _EXPRESSIONS:
+        _EXPRESSIONS[name] = compiled((*INTERPRETER, *runtime.VARIABLES))
+    return _EXPRESSIONS[name]
 
 
-def differing(caller: Any, service: Dict[str, str], patterns: Sequence[str]) -> Optional[str]:
+_EXPRESSIONS: Dict[str, Pattern[str]] = {}
+
+
+def compiled(patterns: Sequence[str]) -> Pattern[str]:
+    def either(some: Sequence[str]) -> str:
+        return "|".join(fnmatch.translate(p) for p in some)
+
+    return re.compile(f"(?!{either(OTHERS)})(?:{either(patterns)})")
+
+
+def differing(caller: Any, service: Dict[str, str], pattern: Pattern[str]) -> Optional[str]:
     """The first variable of the caller that a pattern names and that the service's templates saw otherwise."""
     for name in sorted(caller):
-        if matches(name, patterns) and caller[name] != service.get(name):
+        if pattern.match(name) and caller[name] != service.get(name):
             return str(name)
     return None
 

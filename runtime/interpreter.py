@@ -37,20 +37,21 @@ def set_up() -> None:
 
 @dataclass(frozen=True)
 class Clean:
-    """What the interpreter looked like before the template loaded anything, to be restored in each worker."""
+    """What a worker must take out of its interpreter, found by the template beforehand.
 
-    path: Tuple[str, ...]
-    excepthook: Any
+    A look at each of thousands of names would touch, and so copy, as many pages in every worker.
+    """
+
+    modules: Tuple[str, ...]
 
     @classmethod
-    def remember(cls) -> Clean:
-        return cls(tuple(sys.path), sys.excepthook)
+    def find(cls) -> Clean:
+        return cls(tuple(m for m in sys.modules if m.partition(".")[0] in OURS))
 
     def restore(self) -> None:
         """No module of ours is left to be imported by an app, so that its own `runtime.py` works; gc is on again."""
-        for name in [m for m in sys.modules if m.partition(".")[0] in OURS]:
-            del sys.modules[name]
-        sys.path[:] = [p for p in sys.path if p != _LIBRARY]
+        for name in self.modules:
+            sys.modules.pop(name, None)
         gc.enable()
 
 
@@ -112,15 +113,13 @@ def lower_limit(name: str, soft: Any) -> None:
 
 
 def dispositions(ignored: List[Any]) -> None:
-    """Each signal as Python starts with it, or ignored where the caller had it ignored (nohup)."""
-    python = {signal.SIGINT: signal.default_int_handler, signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        try:
-            wanted = signal.SIG_IGN if number in ignored else python.get(number, signal.SIG_DFL)
-            if signal.getsignal(number) is not None and signal.getsignal(number) != wanted:
-                signal.signal(number, wanted)
-        except (OSError, ValueError):
-            pass  # glibc keeps two for itself
+    """Ignore what the caller had ignored (nohup). All else is already as Python starts: templates change nothing."""
+    for number in ignored:
+        if isinstance(number, int) and number not in (signal.SIGKILL, signal.SIGSTOP):
+            try:
+                signal.signal(number, signal.SIG_IGN)
+            except (OSError, ValueError):
+                pass  # no such signal, or one that glibc keeps for itself
 
 
 def set_streams() -> None:

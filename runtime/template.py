@@ -21,7 +21,7 @@ from nsutil import clone, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import interpreter, models, runtimes, worker
+from runtime import cold, interpreter, models, runtimes, worker
 
 # A private network namespace unless the pocket may use the host's.
 _FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
@@ -48,13 +48,12 @@ def main(talk: socket.socket) -> None:
     interpreter.set_up()
     begin, fds = wire.receive(talk)
     fds.close()
-    clean = interpreter.Clean.remember()
     template = Template(talk, begin, runtimes.get(begin["runtime"]))
     if begin.get("bounding", True):
         privileges.drop_bounding_set()
     while True:  # each turn is one template: this process's first, then what its live forks become
         warm(template)
-        successor = serve(template, clean)
+        successor = serve(template)
         if successor is None:
             os._exit(0)
         template = successor
@@ -79,6 +78,7 @@ def warm(template: Template) -> None:
             what = "; ".join(str(o) for o in refused)
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
+        cold.expression(template.runtime)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -99,9 +99,10 @@ def warm(template: Template) -> None:
     )
 
 
-def serve(template: Template, clean: interpreter.Clean) -> Optional[Template]:
+def serve(template: Template) -> Optional[Template]:
     """Fork as asked. Returns, in a child, the warmer template that it is to be; None when the socket has closed."""
     avoid = (*template.ancestors, os.getpid())
+    clean = interpreter.Clean.find()
     while True:
         try:
             message, fds = wire.receive(template.talk)
