@@ -24,6 +24,8 @@ DETECTOR = """
     def echo(*args, **kwargs): return [args, kwargs] if kwargs else list(args)
     def kinds(*args): return [f"{type(a).__module__}.{type(a).__name__}" for a in args]
     def add(a, b): return a + b
+    def same(a): return a
+    def nothing_of(a): return None
     def total(a): return float(a.sum())
     def boom(text="no"): raise ValueError(text)
     def leave(code): sys.exit(code)
