@@ -33,6 +33,9 @@ def set_up() -> None:
     """In a template, before it loads anything: signals as a program finds them, no surprise from the environment."""
     sys.argv[:] = [""]
     sys.path[:] = [p for p in sys.path if p not in ("", _LIBRARY)]
+    # msgpack's extension leaves these; another that is made by Cython makes its own.
+    for name in [m for m in sys.modules if m == "cython_runtime" or m.startswith("_cython_")]:
+        del sys.modules[name]
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,19 @@ class Clean:
     """
 
     modules: Tuple[str, ...]
+    finders: Tuple[str, ...]
 
     @classmethod
     def find(cls) -> Clean:
-        return cls(tuple(m for m in sys.modules if m.partition(".")[0] in OURS))
+        finders = tuple(p for p in sys.path_importer_cache if f"{p}/".startswith(f"{_LIBRARY}/"))
+        return cls(tuple(m for m in sys.modules if m.partition(".")[0] in OURS), finders)
 
     def restore(self) -> None:
         """No module of ours is left to be imported by an app, so that its own `runtime.py` works; gc is on again."""
         for name in self.modules:
             sys.modules.pop(name, None)
+        for path in self.finders:
+            sys.path_importer_cache.pop(path, None)
         gc.enable()
 
 
@@ -76,7 +83,7 @@ def reopen(fds: Iterable[int]) -> None:
 
 
 def adopt(start: Message) -> None:
-    """Take over the caller's environment, directory, umask, limits, signal dispositions, locale, time zone and streams."""
+    """Take over the caller's environment, directory, umask, limits, signals, locale, time zone and streams."""
     pairs = wire.field(start, "environment", list, [])
     os.environ.clear()
     for name, value in pairs:
@@ -123,7 +130,7 @@ def dispositions(ignored: List[Any]) -> None:
 
 
 def set_streams() -> None:
-    """sys.stdin, stdout and stderr as the caller's environment and terminal ask for. CPython: create_stdio, PEP 538, 540."""
+    """sys.stdin, stdout and stderr as the caller's environment and terminal ask for. CPython: create_stdio, PEP 538."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         stream: Any = make_stream(fd, name, mode) if is_open(fd) else None
         setattr(sys, name, stream)
@@ -219,4 +226,3 @@ def die_by(number: int) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
     os._exit(128 + number)
-

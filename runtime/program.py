@@ -105,8 +105,17 @@ def main_module(**attributes: Any) -> Dict[str, Any]:
     return main.__dict__
 
 
+def absolute(name: str) -> str:
+    """CPython's `_Py_abspath`: nothing is normalised, since `__file__` shows what was typed."""
+    if name.startswith("/"):
+        return name
+    return os.getcwd() if name in ("", ".") else f"{os.getcwd()}/{name}"
+
+
 def run_file(name: str) -> int:
-    path = os.path.abspath(name)
+    if name == "-":
+        return run_input()
+    path = absolute(name)
     importer = pkgutil.get_importer(path)
     if importer is not None and _holds_main(importer):
         sys.path.insert(0, path)  # a directory or zip file with a __main__.py
@@ -118,14 +127,16 @@ def run_file(name: str) -> int:
             source = f.read()
     except OSError as e:
         if isinstance(e, IsADirectoryError):
-            interpreter.complain(f"{sys.executable}: can't find '__main__' module in {name!r}\n")
+            interpreter.complain(f"{sys.executable}: can't find '__main__' module in {path!r}\n")
             return 1
         interpreter.complain(f"{sys.executable}: can't open file {path!r}: [Errno {e.errno}] {e.strerror}\n")
         return 2
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     namespace = main_module(__file__=path, __cached__=None)
-    if source[:4] == importlib.util.MAGIC_NUMBER:
+    if path.endswith(".pyc") or source[:2] == importlib.util.MAGIC_NUMBER[:2]:
         namespace["__loader__"] = importlib.machinery.SourcelessFileLoader("__main__", path)
+        if source[:4] != importlib.util.MAGIC_NUMBER:
+            raise RuntimeError("Bad magic number in .pyc file")
         code = marshal.loads(source[16:])
     else:
         namespace["__loader__"] = importlib.machinery.SourceFileLoader("__main__", path)
@@ -145,6 +156,14 @@ def run_module(name: str) -> int:
     sys.path.insert(0, os.getcwd())
     main_module()
     runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    return 0
+
+
+def run_input() -> int:
+    """`python -`: the program is what stands on standard input."""
+    sys.path.insert(0, "")
+    namespace = main_module(__loader__=importlib.machinery.BuiltinImporter)
+    exec(compile(sys.stdin.buffer.read() if sys.stdin else b"", "<stdin>", "exec", dont_inherit=True), namespace)
     return 0
 
 
