@@ -1,0 +1,102 @@
+"""Metadata, and how nsutil/livefork.so is built.
+
+livefork.so is a plain shared library for ctypes, not an extension module: no Python header, no ABI tag, so that one file
+serves any Python of a service. `python setup.py build_livefork` builds it in place; build and editable installs do too.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel  # setuptools 70.1+
+except ImportError:
+    from wheel.bdist_wheel import bdist_wheel
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("nsutil/livefork.c",)
+FLAGS = "-O2 -Wall -Wextra -Werror -fno-omit-frame-pointer -shared -fPIC"
+
+
+def compiler() -> list[str]:
+    """$CC and its options, or the first of cc and gcc that is there."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for command in [asked] if asked else [["cc"], ["gcc"]]:
+        if shutil.which(command[0]):
+            return command
+    raise CompileError(
+        f"nsutil/livefork.so needs a C compiler, and {asked[0] if asked else 'neither cc nor gcc'} is not there: "
+        "install gcc (Debian, Fedora: gcc; Alpine: gcc musl-dev linux-headers), or set CC"
+    )
+
+
+def build_library(to: Path) -> None:
+    """Compile nsutil/livefork.so beneath `to`; never leave half a file where a running service may load it."""
+    target = to / "nsutil" / "livefork.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".livefork.{os.getpid()}.so")
+    command = [*compiler(), *FLAGS.split(), "-o", str(partial), *(str(HERE / source) for source in SOURCES)]
+    try:
+        if subprocess.run(command).returncode:
+            raise CompileError(f"the compiler failed: {shlex.join(command)}")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class BuildLivefork(Command):
+    description = "build nsutil/livefork.so in place"
+    user_options: list[tuple[str, str, str]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        build_library(HERE)
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        build_library(HERE if self.editable_mode else Path(self.build_lib))
+
+
+class Wheel(bdist_wheel):
+    """Any Python 3, this machine: what a wheel with a plain shared library is."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    name="pocketd",
+    version="0.1.0",
+    description="Runs many small apps in one heavy runtime: a warm template, forked live, for each app",
+    python_requires=">=3.11",
+    packages=["pocketd", "pocketd.client", "pocketd.command", "nsutil", "cgroup", "runtime"],
+    package_data={"nsutil": ["py.typed"]},
+    install_requires=["msgpack>=1", "pyroute2", "cgroupspy==0.2.3", "python-prctl"],
+    extras_require={
+        # Wheels of tensorflow-cpu exist for x86-64 only; on aarch64 tensorflow itself is the build without CUDA.
+        "tensorflow": [
+            "tensorflow-cpu>=2.15; platform_machine == 'x86_64'",
+            "tensorflow>=2.15; platform_machine == 'aarch64'",
+        ],
+    },
+    entry_points={"console_scripts": ["pocketd = pocketd.daemon:main", "pocket = pocketd.command.main:main"]},
+    cmdclass={"build_livefork": BuildLivefork, "build_py": BuildPy, "bdist_wheel": Wheel},
+    zip_safe=False,
+)
