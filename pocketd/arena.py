@@ -88,13 +88,12 @@ class Arenas:
         self._arenas.pop(id, None)
         self._refused.pop(id, None)
 
-    def find(self, handle: Handle) -> Arena:
-        """The arena in which `handle` lies wholly. Raises BadTensor."""
+    def find(self, handle: Handle) -> Tuple[Arena, int]:
+        """The arena in which `handle` lies wholly, and its bytes in C order. Raises BadTensor."""
         arena = self._arenas.get(handle.arena)
         if arena is None:
             raise self._refused.get(handle.arena) or BadTensor("the tensor's arena is not one of this session")
-        check(handle, arena.size)
-        return arena
+        return arena, check(handle, arena.size)
 
     def close(self) -> None:
         """Forget all. Mappings go with their last view."""

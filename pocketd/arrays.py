@@ -20,6 +20,12 @@ _OF_FORMAT.update({"l": "int64", "L": "uint64", "c": "uint8", "e": "float16"})
 _OF_NUMPY: Dict[Any, str] = {}
 
 
+def is_array(value: Any) -> bool:
+    """Whether it is a numpy array."""
+    np = sys.modules.get("numpy")
+    return np is not None and isinstance(value, np.ndarray)
+
+
 def scalar(value: Any) -> Any:
     """A numpy scalar as a Python number; anything else as it is."""
     np = sys.modules.get("numpy")

@@ -42,6 +42,10 @@ DTYPES: Dict[str, Tuple[int, Optional[str]]] = {
 }
 
 
+# msgpack.packb makes one of these for each call, which costs more than packing.
+_PACKER = msgpack.Packer()
+
+
 class BadTensor(wire.Error):
     """A handle, a shape, a dtype or an arena that cannot be used. code "bad-tensor"."""
 
@@ -81,7 +85,7 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
 
 def encode(handle: Handle) -> bytes:
     """The handle's bytes on the wire: a msgpack array of its five fields."""
-    packed: bytes = msgpack.packb(handle)
+    packed: bytes = _PACKER.pack(handle)
     return packed
 
 

@@ -18,7 +18,8 @@ TENSOR = 1
 TUPLE = 2
 # Each nested tuple costs the unpacker some 50 KiB of C stack, of the 8 MiB that a main thread has.
 MAX_TUPLES = 32
-_PLAIN: Tuple[Any, ...] = (int, float, bytes, list, dict)
+_PLAIN: Tuple[Any, ...] = (int, float, list, dict)
+_KNOWN = (tuple, str, bytes, bytearray, *_PLAIN)
 _SPOKEN = tuple(range(wire.OLDEST, wire.VERSION + 1))
 
 
@@ -69,18 +70,21 @@ class Format:
         return self._faults[0] if self._faults else None
 
     def _default(self, value: Any) -> Any:
+        if isinstance(value, _KNOWN):
+            return self._plain(value)
+        handle = self._export(value)
+        return msgpack.ExtType(TENSOR, handle) if type(handle) is bytes else handle
+
+    def _plain(self, value: Any) -> Any:
+        """A tuple, and subclasses of plain types: strict_types sends them here, so that a tuple is no list."""
         if isinstance(value, tuple):
             return msgpack.ExtType(TUPLE, self._pack_tuple(value))
-        # strict_types lets only the exact types through, so that a tuple is no list; their subclasses come here.
+        if isinstance(value, str):
+            return str.__str__(value)
         for plain in _PLAIN:
             if isinstance(value, plain):
                 return plain(value)
-        if isinstance(value, str):
-            return str.__str__(value)
-        if isinstance(value, bytearray):
-            return bytes(value)
-        handle = self._export(value)
-        return msgpack.ExtType(TENSOR, handle) if type(handle) is bytes else handle
+        return bytes(value)
 
     def _pack_tuple(self, value: Any) -> bytes:
         self._depth += 1

@@ -81,7 +81,7 @@ def receive(sock: socket.socket, flags: int = 0) -> Tuple[Message, Fds]:
         raise
 
 
-def field(message: Message, key: str, kind: type, default: Optional[Any] = ...) -> Any:  # type: ignore[assignment]
+def field(message: Message, key: str, kind: type, default: Optional[Any] = ...) -> Any:
     """message[key], which must be of type `kind`. Raises Error("bad-request") naming the key otherwise."""
     value = message.get(key, default)
     if value is ...:

@@ -213,27 +213,27 @@ class Session:
         """A numpy array (a memoryview where there is no numpy) over the memory that a checked handle names."""
         handle = tensors.decode(data)
         ours = self._heap.arenas.get(handle.arena)
-        if ours is not None:
-            tensors.check(handle, ours.size)
-            arena = ours
+        if ours is None:
+            arena, size = self._theirs.find(handle)
         else:
-            arena = self._theirs.find(handle)
+            arena, size = ours, tensors.check(handle, ours.size)
         np = tensors.numpy()
         if np is not None:
             return arrays.view(np, arena, handle.offset, handle.dtype, handle.shape, handle.strides)
         if handle.strides is not None:
             raise tensors.BadTensor("a tensor with strides needs numpy in the service")
-        size = tensors.nbytes(handle.dtype, handle.shape)
         return tensors.buffer(memoryview(arena.map)[handle.offset : handle.offset + size], handle.dtype, handle.shape)
 
     def _export(self, value: Any) -> Any:
         """A result's array or tensor, copied once into our arena."""
-        array = self._runtime.arrays(value)
-        if array is None:
-            array = arrays.scalar(value)
-            if isinstance(array, (int, float, str, bytes)):
-                return array
-        handle = arrays.store(self._heap, array)
+        handle = arrays.store(self._heap, value) if arrays.is_array(value) else None
+        if handle is None:
+            array = self._runtime.arrays(value)
+            if array is None:
+                array = arrays.scalar(value)
+                if isinstance(array, (int, float, str, bytes)):
+                    return array
+            handle = arrays.store(self._heap, array)
         if handle is None:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"the result holds a {kind}, which is neither a plain value nor a tensor")

@@ -236,8 +236,7 @@ class Core:
     def _resolve(self, data: bytes) -> Tensor:
         """The tensor of a handle in a reply. It owns the range: a handle must be sent for one range only once."""
         handle = tensors.decode(data)
-        arena = self._theirs.find(handle)
+        arena, size = self._theirs.find(handle)
         if handle.strides is not None:
             raise tensors.BadTensor("a result is always in C order")
-        size = tensors.nbytes(handle.dtype, handle.shape)
         return Tensor(Block(arena, handle.offset, self._freed), handle.dtype, handle.shape, size, data)

@@ -53,8 +53,9 @@ def open_login(
     """Log in to the service or pocket called `name` (None: pocketd chooses) and return the session.
 
     `start` is the start message without "op" and "mode"; `fds` are sent with it (a program's 0, 1, 2) and `after` are
-    messages queued behind it; `shared` are further descriptors for the request, each with its role; all descriptors stay the caller's. `directory` is where an ad hoc pocket's files are:
-    it is opened here, so that pocketd and we cannot mean two different ones; None for a pocket that has a definition.
+    messages queued behind it; `shared` are further descriptors for the request, each with its role; all descriptors
+    stay the caller's. `directory` is where an ad hoc pocket's files are: it is opened here, so that pocketd and we
+    cannot mean two different ones; None for a pocket that has a definition.
     `fields` go into the request as they are. `timeout` in seconds is for all of it, retries included: when pocketd ends
     in mid-call, the same login is sent to the next one, which attaches to what there is.
 

@@ -29,9 +29,10 @@ from pocketd.client import (
 def run(service: str, pocket: Path) -> Callable[..., None]:
     """Runs a coroutine function with a session."""
 
-    def running(use: Callable[[aio.Session], Awaitable[None]], **options: object) -> None:
+    def running(use: Callable[[aio.Session], Awaitable[None]], call_timeout: float | None = None) -> None:
         async def main() -> None:
-            async with aio.login("python", directory=str(pocket), runtime_dir=service, timeout=20, **options) as session:  # type: ignore[arg-type]
+            login = aio.login("python", directory=str(pocket), runtime_dir=service, call_timeout=call_timeout)
+            async with login as session:
                 await use(session)
 
         asyncio.run(main())

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
-import numpy as np
 import pytest
 
 from pocketd.client import Session
@@ -126,7 +125,8 @@ with login("python", directory={str(pocket)!r}, runtime_dir={service!r}) as sess
     except BadTensor as e:
         print(e)
 assert not [m for m in sys.modules if m.startswith("numpy.")]
-print(sorted({{m.partition(".")[0] for m in sys.modules if "site-packages" in str(getattr(sys.modules[m], "__file__", ""))}}))
+third = [m for m, o in sys.modules.items() if "site-packages" in str(getattr(o, "__file__", ""))]
+print(sorted({{m.partition(".")[0] for m in third}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,16 @@ print(sorted({{m.partition(".")[0] for m in sys.modules if "site-packages" in st
 
 
 def test_the_client_does_not_load_the_daemon() -> None:
-    code = "import sys, pocketd.client; print('\\n'.join(m for m in sys.modules if m.startswith(('pocketd', 'runtime', 'cgroup'))))"
+    code = (
+        "import sys, pocketd.client; print(*(m for m in sys.modules if m.startswith(('pocketd', 'runtime', 'cgroup'))))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     extra = [m for m in loaded if not m.startswith("pocketd.client")]
-    assert set(extra) <= {"pocketd", "pocketd.wire", "pocketd.tensors", "pocketd.arena", "pocketd.arrays", "pocketd.values"}
+    assert set(extra) <= {
+        "pocketd",
+        "pocketd.wire",
+        "pocketd.tensors",
+        "pocketd.arena",
+        "pocketd.arrays",
+        "pocketd.values",
+    }
