@@ -1,0 +1,137 @@
+"""Kinds of services: two TensorFlow versions side by side, other runtimes, other root file systems; and what fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsutil import mounts
+from tests.conftest import ROOT, service_environment, toml_table
+
+OTHER = ROOT / ".cache/other-tensorflow/bin/python"  # made by deploy/prepare test
+ENV = toml_table(service_environment())
+
+
+def version(python: str | Path) -> str:
+    code = "import importlib.metadata as m, sys\nfor n in 'tensorflow', 'tensorflow-cpu':\n try: print(m.version(n)); break\n except m.PackageNotFoundError: pass"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_two_services_with_different_tensorflow_versions(own_pocketd, tmp_path):
+    if not OTHER.exists():
+        pytest.skip(f"no second TensorFlow at {OTHER}; `make test` makes it")
+    daemon = own_pocketd(f"""
+        [service.new]
+        runtime = "tensorflow"
+        env = {ENV}
+        [service.other]
+        runtime = "tensorflow"
+        python = "{OTHER}"
+        env = {ENV}
+    """)
+    code = "import tensorflow as tf, sys; print(tf.__version__, float(tf.reduce_sum(tf.ones((2, 3)))), sys.prefix)"
+    found = {}
+    for service in ("new", "other", "new"):
+        done = daemon.pocket("run", "--service", service, "-c", code, cwd=tmp_path)
+        found[service] = done.stdout.split()
+    assert found["new"][0] == version(sys.executable)
+    assert found["other"][0] == version(OTHER)
+    assert found["new"][0] != found["other"][0]
+    assert found["new"][1] == found["other"][1] == "6.0"
+    assert {s["state"] for s in daemon.ps()["services"]} == {"on"}
+
+
+def test_a_python_service_holds_onnxruntime_warm(own_pocketd, tmp_path):
+    pytest.importorskip("onnxruntime")
+    daemon = own_pocketd(f"""
+        [service.onnx]
+        runtime = "python"
+        preload = ["numpy", "onnxruntime"]
+        env = {ENV}
+    """)
+    code = (
+        "import sys; warm = 'onnxruntime' in sys.modules; import onnxruntime\n"
+        "print(warm, onnxruntime.get_available_providers()[-1])"
+    )
+    done = daemon.pocket("run", "-c", code, cwd=tmp_path)
+    assert done.stdout == "True CPUExecutionProvider\n"
+
+
+def test_an_exec_service_runs_node(own_pocketd, tmp_path):
+    node = shutil.which("node")
+    if node is None or not os.path.realpath(node).startswith("/usr/"):
+        pytest.skip("no node beneath /usr on this host")
+    daemon = own_pocketd('[service.node]\nruntime = "exec"\n')
+    (tmp_path / "app.js").write_text("console.log(process.argv.slice(2), process.cwd()); process.exit(5)")
+    done = daemon.pocket("run", os.path.realpath(node), "app.js", "x", cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (5, f"[ 'x' ] {tmp_path}\n")
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path):
+    """A root file system of its own: the host's /usr, and nothing else of the host."""
+    root = tmp_path / "rootfs"
+    (root / "usr").mkdir(parents=True)
+    (root / "etc").mkdir()
+    (root / "etc/hostname").write_text("of the rootfs\n")
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if os.path.islink(f"/{name}"):
+            (root / name).symlink_to(os.readlink(f"/{name}"))
+    mounts.bind("/usr", str(root / "usr"))
+    yield root
+    mounts.unmount(str(root / "usr"))
+
+
+def test_a_service_from_a_directory(own_pocketd, tmp_path, rootfs):
+    daemon = own_pocketd(f"""
+        [service.shell]
+        runtime = "exec"
+        rootfs = "{rootfs}"
+        [service.python]
+        runtime = "python"
+        rootfs = "{rootfs}"
+        python = "/usr/bin/python3"
+    """)
+    app = tmp_path / "app"
+    app.mkdir()
+    done = daemon.pocket("run", "--service", "shell", "sh", "-c", "cat /etc/hostname; touch /etc/x", cwd=app, check=False)
+    assert done.stdout == "of the rootfs\n"
+    assert "Read-only file system" in done.stderr or "Permission denied" in done.stderr
+    code = "import os, sys; print(sys.executable, sorted(os.listdir('/etc')))"
+    done = daemon.pocket("run", "--service", "python", "-c", code, cwd=app)
+    assert done.stdout == "/usr/bin/python3 ['hostname']\n"
+
+
+def test_the_host_root_shows_an_allowlist(pocketd, tmp_path):
+    hidden = ["/etc/shadow", "/var", "/boot", "/etc/ssh", str(ROOT / "pocketd"), str(pocketd.state_dir), "/etc/ssl/private"]
+    code = f"import os; print([p for p in {hidden!r} if os.path.exists(p) and (not os.path.isdir(p) or os.listdir(p))])"
+    done = pocketd.pocket("run", "--service", "plain", "-c", code, cwd=tmp_path)
+    assert done.stdout == "[]\n"
+    done = pocketd.pocket("run", "--service", "plain", "-c", "open('/usr/x', 'w')", cwd=tmp_path, check=False)
+    assert "Read-only file system" in done.stderr or "Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        ('runtime = "python"\npreload = ["no_such_module"]', "No module named 'no_such_module'"),
+        ('runtime = "python"\npreload = ["antigravity_"]', "ModuleNotFoundError"),
+        ('runtime = "python"\nmodels = { m = "nothing_here:Model" }', "No module named 'nothing_here'"),
+        ('runtime = "python"\nmodels = { m = "json:NoSuchThing" }', "has no NoSuchThing"),
+        ('runtime = "python"\npython = "/usr/bin/env"', "does not run"),
+    ],
+)
+def test_a_service_that_does_not_start_says_why(own_pocketd, definition, said):
+    daemon = own_pocketd(f"[service.bad]\n{definition}\n[service.good]\nruntime = 'exec'\n")
+    done = daemon.pocket("bad", "on", check=False)
+    assert done.returncode == 125
+    assert said in done.stderr, done.stderr
+    assert "Traceback" in done.stderr or "bad does not start" in done.stderr
+    assert [s["state"] for s in daemon.ps()["services"] if s["name"] == "bad"] == ["failed"]
+    assert not list(daemon.cgroup_path.glob("pocketd-bad.scope"))
+    daemon.pocket("good", "on")
