@@ -30,13 +30,12 @@ import measure
 from apps import App, Batch, Run, together
 from own_pocketd import BIN, OwnPocketd, Trouble
 
-import runtime.tensorflow
-from runtime import cold
-
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 SERVICE = "tensorflow"
 PHOTO = "astronaut.png"
+# Environment variables that change how numbers are computed.
+NUMERICAL = ("KERAS_", "MKL_", "NPY_", "OMP_", "ONEDNN_", "OPENBLAS_", "TF_ENABLE_", "TF_NUM_", "TF_XLA_", "XLA_")
 # What each way has to deploy: the app's files, and the distributions that they import with all that those require.
 Deploys = tuple[list[str], list[str]]
 MONOLITH: Deploys = (["detect.py", "picture.py"], ["tensorflow-cpu", "tensorflow", "mtcnn", "numpy", "pillow"])
@@ -152,7 +151,7 @@ def configuration(work: Path) -> Path:
     """This example's pocketd.conf, and a drop-in with those of our variables that TensorFlow reads at import:
     a service has an environment of its own, a monolith has ours, and both are to compute alike."""
     shutil.copy(HERE / "pocketd.conf", work)
-    kept = {name: value for name, value in os.environ.items() if cold.matches(name, runtime.tensorflow.VARIABLES)}
+    kept = {name: value for name, value in os.environ.items() if name.startswith(NUMERICAL)}
     if kept:
         drop_in = work / "pocketd.conf.d" / "50-environment.conf"
         drop_in.parent.mkdir()
