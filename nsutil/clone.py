@@ -16,16 +16,30 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import resource
 import signal
-import stat
 import sys
 import threading
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+from nsutil.obstacles import Obstacle, inspect, reopen, shared_mappings
+
+__all__ = [
+    "Child",
+    "CloneError",
+    "Obstacle",
+    "fork",
+    "free_pid",
+    "inspect",
+    "live_fork",
+    "pause",
+    "privatize_shared_mappings",
+    "reopen",
+    "revive",
+]
 
 # linux/sched.h
 CLONE_NEWTIME = 0x00000080
@@ -159,7 +173,9 @@ def _mind_the_lock(request: _Request) -> None:
         request.hold_ns = int(sys.getswitchinterval() * 1e9) + 1_000_000
 
 
-def _request(flags: int, cgroup: int | None, pid_namespace: int | None, set_tid: Sequence[int], parent: bool) -> _Request:
+def _request(
+    flags: int, cgroup: int | None, pid_namespace: int | None, set_tid: Sequence[int], parent: bool
+) -> _Request:
     request = _Request(flags=flags | (CLONE_PARENT if parent else 0), pidfd=-1)
     request.cgroup = -1 if cgroup is None else cgroup
     request.pid_namespace = request.own_pid_namespace = -1
@@ -301,6 +317,29 @@ def free_pid(avoid: Iterable[int]) -> int:
     return next(pid for pid in range(2, len(taken) + 3) if pid not in taken)
 
 
+def privatize_shared_mappings(timeout: float = 5.0) -> list[str]:
+    """Replace each writable MAP_SHARED mapping by a private copy at the same address, while every other thread is parked.
+    Returns their names. What is written there later reaches no file and no other process.
+
+    Raises CloneError, naming the mapping, for what cannot be copied (devices, io_uring, aio).
+    """
+    mappings = shared_mappings()
+    for mapping in mappings:
+        if mapping.remedy != "privatize":
+            raise CloneError(
+                errno.EINVAL, f"privatize: {mapping} cannot be copied; close it before the fork", mapping.kind
+            )
+    ranges, failure = (_Range * len(mappings))(), _Failure()
+    for each, mapping in zip(ranges, mappings):
+        assert mapping.range
+        each.start, each.end, each.protection = *mapping.range, mapping.protection
+    nanoseconds = ctypes.c_int64(int(timeout * 1e9))
+    if mappings and _library.livefork_privatize(ranges, len(ranges), nanoseconds, ctypes.byref(failure)) < 0:
+        what = "privatize" if failure.tid else f"privatize {mappings[failure.done]}"
+        raise _explain(failure, what, timeout, 1)
+    return [mapping.name for mapping in mappings]
+
+
 def _thread_ids() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
@@ -361,7 +400,10 @@ def _advice(stage: str, number: int) -> str:
         ("clone3", errno.EPERM): "needs CAP_SYS_ADMIN for namespaces and CAP_CHECKPOINT_RESTORE for set_tid",
         ("setns", errno.ESRCH): "the process that stands for the pid namespace has ended",
         ("setns", errno.EPERM): "needs CAP_SYS_ADMIN",
-        ("rt_tgsigqueueinfo", errno.EAGAIN): f"RLIMIT_SIGPENDING is {resource.getrlimit(resource.RLIMIT_SIGPENDING)[0]}",
+        (
+            "rt_tgsigqueueinfo",
+            errno.EAGAIN,
+        ): f"RLIMIT_SIGPENDING is {resource.getrlimit(resource.RLIMIT_SIGPENDING)[0]}",
     }
     advice = known.get((stage, number))
     return f": {advice}" if advice else ""
