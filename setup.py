@@ -1,7 +1,7 @@
 """Metadata, and how nsutil/livefork.so is built.
 
-livefork.so is a plain shared library for ctypes, not an extension module: no Python header, no ABI tag, so that one file
-serves any Python of a service. `python setup.py build_livefork` builds it in place; build and editable installs do too.
+livefork.so is a plain shared library for ctypes, not an extension module: no Python header, no ABI tag, so that one
+file serves any Python of a service. `python setup.py build_livefork` builds it in place; installs do too.
 """
 
 import os

@@ -3,8 +3,8 @@
 The C half is livefork.c, a plain shared library beside this file, loaded with PyDLL so that the interpreter lock (GIL)
 is held throughout: no other Python thread moves between parking and clone.
 
-Python in a child that is not revived yet. Threads that wait for the GIL exist there only in memory, and two things would
-wait for one of them for ever:
+Python in a child that is not revived yet. Threads that wait for the GIL exist there only in memory, and two things
+would wait for one of them for ever:
 - A waiter that has asked for the GIL (gil_drop_request, CPython's ceval_gil.c): the next release waits until another
   thread has taken it. The request is cleared in the child, in C, before a line of Python runs.
 - glibc before 2.41: pthread_cond_signal on the GIL's condition, when it begins a new group of waiters, waits until the
@@ -41,16 +41,7 @@ __all__ = [
     "revive",
 ]
 
-# linux/sched.h
-CLONE_NEWTIME = 0x00000080
-CLONE_PARENT = 0x00008000
-CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
+CLONE_PARENT = 0x00008000  # linux/sched.h; the CLONE_NEW* stand in namespaces.py
 
 # A child of live_fork(quiet=False) whose threads could not be brought back ends with this status (livefork.h).
 NOT_REVIVED = 120
@@ -60,7 +51,7 @@ _TRY = 0.25
 
 
 class CloneError(OSError):
-    """A clone, a park or a revive that failed. `str()` says what was asked, on what, the kernel's word, and what to do."""
+    """A clone, park or revive that failed. `str()` says what was asked, on what, the kernel's word, and what to do."""
 
     def __init__(self, number: int, message: str, stage: str = "", thread: str = "", tid: int = 0) -> None:
         super().__init__(number, message)
@@ -145,14 +136,14 @@ def _thread_states() -> int:
     return count
 
 
-# Where a request for the GIL stands: up to 3.12 gil_drop_request, in the interpreter's state, beside recursion_limit
-# (internal/pycore_interp.h, pycore_ceval_state.h): their offsets. From 3.13 bit 0 of eval_breaker, in the thread's state
-# (cpython/pystate.h: prev, next, interp, eval_breaker; pycore_ceval.h: _PY_GIL_DROP_REQUEST_BIT).
+# Where a request for the GIL stands. Up to 3.12: gil_drop_request, in the interpreter's state, beside recursion_limit
+# (internal/pycore_interp.h, pycore_ceval_state.h): their offsets, of 64-bit builds. From 3.13: bit 0 of eval_breaker
+# (_PY_GIL_DROP_REQUEST_BIT), in the thread's state (cpython/pystate.h: prev, next, interp, eval_breaker).
 _LOCK_REQUESTS = {(3, 9): (76, 64), (3, 10): (72, 64), (3, 11): (104, 96), (3, 12): (372, 376)}
 
 
 def _lock_request() -> int:
-    """The address of the word whose bit 0 is a request for the GIL. Raises CloneError for a Python laid out otherwise."""
+    """The address of the word whose bit 0 is a request for the GIL. Raises CloneError for an unknown Python."""
     interpreter: int = _python.PyInterpreterState_Get()
     if sys.version_info >= (3, 13):
         state: int = _python.PyThreadState_Get()
@@ -206,7 +197,7 @@ def live_fork(
     privileges, which all threads then inherit. It may run Python there, but must not wait for another thread.
 
     flags: CLONE_NEW*. cgroup: a directory of cgroup2 to be born in (CLONE_INTO_CGROUP). pid_namespace: the pidfd of a
-    process (`pause()`) whose pid namespace the child is born in. set_tid: the child's pid, in the innermost pid namespace
+    process (`pause()`) whose pid namespace the child is born in. set_tid: the child's pid, innermost pid namespace
     first (clone3(2)); it must not be a thread's id here (`free_pid()`). parent: a sibling, not a child (CLONE_PARENT).
     All descriptors stay the caller's. quiet: wait until every other thread is asleep in a system call, so that none
     holds an allocator's lock; without, the threads come back before this returns in the child (with status NOT_REVIVED
@@ -318,7 +309,7 @@ def free_pid(avoid: Iterable[int]) -> int:
 
 
 def privatize_shared_mappings(timeout: float = 5.0) -> list[str]:
-    """Replace each writable MAP_SHARED mapping by a private copy at the same address, while every other thread is parked.
+    """Replace each writable MAP_SHARED mapping by a private copy at the same address, every other thread being parked.
     Returns their names. What is written there later reaches no file and no other process.
 
     Raises CloneError, naming the mapping, for what cannot be copied (devices, io_uring, aio).

@@ -1,6 +1,6 @@
-"""What of this process a fork does not carry over, or would leave shared with every child: found by asking the kernel.
+"""What of this process a fork does not carry over, or would leave shared with every child, as the kernel tells it.
 
-Descriptors share their open file description with the child's (fork(2)): a regular file's offset, an epoll set, a socket.
+Descriptors share their open file description with the child's (fork(2)): a file's offset, an epoll set, a socket.
 Writable MAP_SHARED mappings share their pages. POSIX timers, aio contexts, io_uring and locked memory stay behind.
 """
 
