@@ -32,6 +32,7 @@ F_SETOWN_EX, F_OWNER_TID = 15, 0
 CLIENT_PARITY, WORKER_FIRST = 1, 2
 CANCEL = struct.Struct("<Q")
 MAX_TRACEBACK = 64 * 1024
+_HERE = os.path.dirname(__file__)
 PROTOCOL = 76  # sysexits.h EX_PROTOCOL: how a worker ends whose client sent garbage
 
 
@@ -246,8 +247,8 @@ class Session:
         if isinstance(e, Cancel):
             return Error("cancelled", "the call was cancelled")
         tb = e.__traceback__
-        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
-            tb = tb.tb_next
+        while tb is not None and os.path.dirname(tb.tb_frame.f_code.co_filename) == _HERE:
+            tb = tb.tb_next  # no frame of ours above the app's
         try:
             said = str(e)
         except Exception:

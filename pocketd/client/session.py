@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import math
 import os
 import select
 import socket
 import threading
 import time
 from contextlib import suppress
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
 from nsutil import messages
 from nsutil.messages import MessageError
@@ -22,6 +24,7 @@ from pocketd.client.tensor import Tensor
 
 # After the session's socket has ended, init reports the worker's end at once; this is for an init that died too.
 REPORT = 5.0
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 
 
 def login(
@@ -93,6 +96,7 @@ class Session:
         self._core = Core()
         self._lock = threading.RLock()
         self._current: Optional[int] = None
+        self._unsent: Deque[Outgoing] = collections.deque()
         self._woken, self._waker = os.pipe()
         for fd in (self._cancel, self._waker, self._woken):
             os.set_blocking(fd, False)
@@ -151,6 +155,10 @@ class Session:
             setattr(self, name, -1)
             if fd >= 0:
                 os.close(fd)
+        while self._unsent:
+            _, unsent = self._unsent.popleft()
+            if unsent is not None:
+                os.close(unsent)
         self._core.close()
 
     def __enter__(self) -> Session:
@@ -190,7 +198,7 @@ class Session:
             self._current = id
             late = "" if timeout is None else f"no reply within {timeout:g} s"
             try:
-                self._send(outgoing)
+                self._send(outgoing, deadline, late)
                 while True:
                     reply = self._receive(deadline, late)
                     if reply is not None and reply[0] == id:
@@ -207,21 +215,38 @@ class Session:
             raise error
         return value
 
-    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+    def _send(self, outgoing: Sequence[Outgoing], deadline: Optional[float], late: str) -> None:
+        """Send these after what an earlier call could not; what does not fit in time is left to the next call."""
+        unsent = self._unsent
+        unsent.extend(outgoing)
+        while unsent:
+            body, fd = unsent[0]
+            try:
+                messages.send(self._sock, body, (fd,) if fd is not None else (), _DONTWAIT)
+            except BlockingIOError:
+                self._make_room(deadline, late)
+                continue
+            except (BrokenPipeError, ConnectionResetError):
+                raise self._died() from None
+            unsent.popleft()
+            if fd is not None:
+                os.close(fd)
+
+    def _make_room(self, deadline: Optional[float], late: str) -> None:
+        """Wait until the socket takes more, and read meanwhile: the worker may be waiting for us to do so."""
+        self._poll.modify(self._sock, select.POLLIN | select.POLLOUT)
         try:
-            for body, fd in outgoing:
-                messages.send(self._sock, body, (fd,) if fd is not None else ())
-        except (BrokenPipeError, ConnectionResetError):
-            raise self._died() from None
+            ready = self._poll.poll(_milliseconds(deadline))
         finally:
-            for _, fd in outgoing:
-                if fd is not None:
-                    os.close(fd)
+            self._poll.modify(self._sock, select.POLLIN)
+        if not ready:
+            raise errors.Timeout(late)
+        if any(event & ~select.POLLOUT for _, event in ready):
+            self._receive(deadline, late)
 
     def _receive(self, deadline: Optional[float], late: str) -> Optional[Reply]:
         """One message, or errors: Timeout, Cancelled, WorkerDied, ProtocolError."""
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = self._poll.poll(None if left is None else left * 1000)
+        ready = self._poll.poll(None if deadline is None else _milliseconds(deadline))
         if not ready:
             raise errors.Timeout(late)
         if ready[0][0] != self._fd:
@@ -250,6 +275,11 @@ class Session:
     def _fail(self, error: errors.PocketError) -> errors.PocketError:
         self._over = error
         return error
+
+
+def _milliseconds(deadline: Optional[float]) -> Optional[float]:
+    """For poll(2), rounded up so that no loop spins through the last millisecond."""
+    return None if deadline is None else max(0.0, math.ceil((deadline - time.monotonic()) * 1000))
 
 
 def died(hold: socket.socket) -> errors.PocketError:

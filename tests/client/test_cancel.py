@@ -88,6 +88,20 @@ def test_a_cancelled_calls_input_is_kept_until_the_worker_is_done_with_it(sessio
     assert session.call("detector:add", 1, 2) == 3
 
 
+def test_time_limits_hold_when_the_socket_is_full(session: Session) -> None:
+    """A worker that reads nothing, and calls until nothing more fits: each still returns in time, none is lost."""
+    with pytest.raises(Timeout):
+        session.call("detector:stubborn", 1.5, timeout=0.01)
+    for _ in range(40):
+        began = time.monotonic()
+        with pytest.raises(Timeout):
+            session.call("detector:echo", b"x" * 20_000, np.zeros(1 << 18), timeout=0.01)
+        assert time.monotonic() - began < 0.5
+    assert session._unsent
+    [back] = session.call("detector:echo", np.full(5, 3))
+    assert back.tolist() == [3] * 5 and not session._unsent and not session._core._calls
+
+
 def test_hundreds_of_cancelled_calls_leave_the_session_well(session: Session) -> None:
     for n in range(300):
         with pytest.raises(Timeout):

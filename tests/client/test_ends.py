@@ -69,6 +69,20 @@ def test_closing_a_session_ends_its_worker(open_session: Open) -> None:
     assert gone(pid)
 
 
+def test_closing_ends_the_worker_also_when_a_forked_child_holds_the_session(open_session: Open) -> None:
+    session = open_session()
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        session.close()
+        assert session.pid and gone(session.pid)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_dropped_session_ends_its_worker(service: str, pocket: Path) -> None:
     pid = login("python", directory=str(pocket), runtime_dir=service).pid
     assert pid and gone(pid)
