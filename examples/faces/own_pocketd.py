@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ class OwnPocketd:
 
     def __init__(self, directory: Path, config: Path):
         self.log = directory / "pocketd.log"
-        self.runtime = directory / "run"
+        # Not beneath `directory`, which may be deep: the address of a socket has 108 bytes (unix(7)).
+        self.runtime = Path(f"/run/pocketd-example-{os.getpid()}")
         self.cgroup = f"pocketd-example-{os.getpid()}"
         self.environment = {**os.environ, "POCKETD_RUNTIME_DIR": str(self.runtime)}
         self._places = {
@@ -116,6 +118,7 @@ class OwnPocketd:
                 daemon.kill()
                 daemon.wait()
             self._sweep()
+            shutil.rmtree(self.runtime, ignore_errors=True)
 
     def _sweep(self) -> None:
         top = cgroup2() / self.cgroup
