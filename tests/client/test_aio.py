@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nsutil import messages
+from pocketd import wire
 from pocketd.client import (
     LoginRefused,
     NotRunning,
@@ -23,6 +25,7 @@ from pocketd.client import (
     WorkerDied,
     aio,
 )
+from pocketd.client.login import Login
 
 
 @pytest.fixture
@@ -140,6 +143,24 @@ def test_refusals_are_the_same_errors(service: str, pocket: Path, tmp_path: Path
             asyncio.run(use(name, service))
     with pytest.raises(NotRunning):
         asyncio.run(use("python", str(tmp_path)))
+
+
+def test_a_workers_last_words_are_heard_when_its_end_is_told_first() -> None:
+    async def use() -> None:
+        ours, theirs = messages.pair()
+        hold, init = messages.pair()
+        reader, cancel = os.pipe()
+        os.close(reader)
+        session = aio.Session(Login(ours, hold, {}, ""), cancel)
+        wire.send(init, {"op": "exit", "status": 125 << 8})
+        wire.send(theirs, {"op": "failed", "error": wire.Error("launch", "no room for it").wire()})
+        with pytest.raises(ServiceFailed, match="no room for it"):
+            await session.wait_ready()
+        session.close()
+        theirs.close()
+        init.close()
+
+    asyncio.run(use())
 
 
 def test_sessions_leave_no_descriptor_behind(service: str, pocket: Path) -> None:

@@ -11,7 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from nsutil import messages
+from pocketd import wire
 from pocketd.client import Cancelled, Session, Timeout
+from pocketd.client.login import Login
 
 
 def test_a_call_has_a_time_limit_and_is_interrupted_there(session: Session) -> None:
@@ -100,6 +103,34 @@ def test_time_limits_hold_when_the_socket_is_full(session: Session) -> None:
     assert session._unsent
     [back] = session.call("detector:echo", np.full(5, 3))
     assert back.tolist() == [3] * 5 and not session._unsent and not session._core._calls
+
+
+def test_a_worker_that_waits_for_us_to_read_is_read_while_we_wait_to_send() -> None:
+    """Both sockets full at once, by a worker that answers at length whatever was cancelled."""
+    ours, theirs = messages.pair()
+    hold, init = messages.pair()
+    reader, cancel = os.pipe()
+    os.close(reader)
+    session = Session(Login(ours, hold, {}, ""), cancel)
+    for _ in range(600):
+        with pytest.raises(Timeout):
+            session.call("x:y", b"x" * 1000, timeout=0)
+    assert session._unsent
+
+    def work() -> None:
+        while True:
+            message, _ = wire.receive(theirs)
+            wire.send(theirs, {"id": message["id"], "ok": True, "value": b"x" * 20_000})
+            if message["id"] == 601:
+                return
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    assert session.call("x:y", timeout=20) == b"x" * 20_000
+    worker.join()
+    session.close()
+    theirs.close()
+    init.close()
 
 
 def test_hundreds_of_cancelled_calls_leave_the_session_well(session: Session) -> None:
