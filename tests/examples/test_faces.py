@@ -97,6 +97,7 @@ def test_stopped_at_any_moment_it_leaves_nothing(nothing_left, stop, moment):
     job = subprocess.Popen(
         [*COMMAND, "--runs", "1", "--apps", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+    assert job.stderr
     with job:
         for line in job.stderr:
             if moment in line:
