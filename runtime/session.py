@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
-from nsutil import messages
+from nsutil import memory, messages
 from nsutil.messages import Fds, MessageError
 from pocketd import arrays, tensors, wire
 from pocketd.arena import Arenas, Heap
@@ -33,6 +33,7 @@ CLIENT_PARITY, WORKER_FIRST = 1, 2
 CANCEL = struct.Struct("<Q")
 MAX_TRACEBACK = 64 * 1024
 _HERE = os.path.dirname(__file__)
+_FOREVER, _IDLE = struct.pack("ll", 0, 0), struct.pack("ll", 0, 250_000)  # struct timeval
 PROTOCOL = 76  # sysexits.h EX_PROTOCOL: how a worker ends whose client sent garbage
 
 
@@ -43,12 +44,14 @@ class Cancel(BaseException):
 def serve(
     sock: socket.socket, start: wire.Message, runtime: Any, models: Dict[str, Any], directory: Union[str, bytes]
 ) -> int:
-    """Serve one client until it goes; the worker's exit code. Runs on the main thread. Takes over `sock`.
+    """Serve one client until it goes; the worker's exit code. Runs on the main thread. Takes over `sock`, but leaves it
+    open for whoever has to tell the client of an error that is raised here: nothing a client does raises one.
 
     `runtime` and `models` are as runtime.interface says; `directory` is where the pocket's own modules and files are.
     """
-    with sock:
-        return Session(sock, runtime, models, os.fsdecode(directory)).run()
+    code = Session(sock, runtime, models, os.fsdecode(directory)).run()
+    sock.close()
+    return code
 
 
 class Session:
@@ -67,6 +70,7 @@ class Session:
         self._cancel: Optional[int] = None
         self._cancelled: Set[int] = set()
         self._current = 0
+        self._resting = True
 
     def run(self) -> int:
         if self._directory not in sys.path[:1]:
@@ -77,7 +81,7 @@ class Session:
                 self._sock, {"op": "ready", "runtime": self._runtime.__name__.rpartition(".")[2], "models": described}
             )
             while True:
-                body, fds = messages.receive(self._sock)
+                body, fds = self._receive()
                 if len(fds):
                     with fds:
                         self._receive_fds(self._format.unpack(body), fds)
@@ -90,6 +94,23 @@ class Session:
                 failed = {"op": "failed", "error": Error("protocol", f"the client broke the protocol: {e}").wire()}
                 wire.send(self._sock, failed, flags=socket.MSG_DONTWAIT)
             return PROTOCOL
+
+    def _receive(self) -> Tuple[bytes, Fds]:
+        """The next message. When none has come for a while, what the last call left in the allocator goes back first."""
+        while True:
+            try:
+                received = messages.receive(self._sock)
+            except BlockingIOError:  # SO_RCVTIMEO, socket(7): it costs a busy session nothing
+                memory.trim()
+                self._wait_for(_FOREVER)
+                continue
+            if self._resting:
+                self._wait_for(_IDLE)
+            return received
+
+    def _wait_for(self, limit: bytes) -> None:
+        self._resting = limit == _FOREVER
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     # Requests
 

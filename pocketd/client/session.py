@@ -227,7 +227,7 @@ class Session:
                 self._make_room(deadline, late)
                 continue
             except (BrokenPipeError, ConnectionResetError):
-                raise self._died() from None
+                raise self._last_words() from None
             unsent.popleft()
             if fd is not None:
                 os.close(fd)
@@ -262,6 +262,16 @@ class Session:
             raise self._fail(errors.ProtocolError(f"the worker sent what is no message: {e}")) from None
         except errors.PocketError as e:
             raise self._fail(e) from None
+
+    def _last_words(self) -> errors.PocketError:
+        """Why the worker ended, by what it had still said, or else by what its init reports."""
+        try:
+            while True:
+                self._core.feed(*messages.receive(self._sock, _DONTWAIT))
+        except errors.PocketError as e:
+            return self._fail(e)
+        except (EOFError, OSError, MessageError):
+            return self._died()
 
     def _abandon(self, id: int) -> None:
         told = self._core.abandon(id)
