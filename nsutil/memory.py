@@ -6,6 +6,7 @@ before it maps or reads (memfd_create(2), "File sealing"; fcntl(2), F_ADD_SEALS)
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import stat
@@ -82,3 +83,12 @@ def read_sealed(fd: int, limit: int) -> bytes:
         parts.append(part)
         at += len(part)
     return b"".join(parts)
+
+
+def trim() -> None:
+    """Give the allocator's free memory back to the kernel. malloc_trim(3); a libc without it has nothing to give."""
+    try:
+        _malloc_trim = ctypes.PyDLL(None).malloc_trim
+    except AttributeError:
+        return
+    _malloc_trim(ctypes.c_size_t(0))

@@ -96,7 +96,7 @@ class Session:
             return PROTOCOL
 
     def _receive(self) -> Tuple[bytes, Fds]:
-        """The next message. When none has come for a while, what the last call left in the allocator goes back first."""
+        """The next message. When none has come for a while, what the last call left in the allocator goes back."""
         while True:
             try:
                 received = messages.receive(self._sock)
