@@ -25,13 +25,14 @@ from pocketd.wire import Message
 INTERPRETER = (
     "PYTHONHASHSEED", "PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONMALLOC", "PYTHONMALLOCSTATS", "PYTHONTRACEMALLOC",
     "PYTHONPROFILEIMPORTTIME", "PYTHONHOME", "PYTHONVERBOSE", "PYTHONINSPECT", "PYTHONNODEBUGRANGES", "PYTHONDEBUG",
-    "PYTHONASYNCIODEBUG", "PYTHONSAFEPATH", "PYTHONINTMAXSTRDIGITS", "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT",
-    "LD_DEBUG", "GLIBC_TUNABLES", "MALLOC_*",
+    "PYTHONASYNCIODEBUG", "PYTHONSAFEPATH", "PYTHONWARNDEFAULTENCODING", "PYTHONINTMAXSTRDIGITS",
+    "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "LD_DEBUG", "GLIBC_TUNABLES", "MALLOC_*",
 )  # fmt: skip
 # Terraform's and Azure Pipelines' variables, which only look like TensorFlow's.
 OTHERS = (
-    "TF_CLI_*", "TF_VAR_*", "TF_LOG", "TF_LOG_*", "TF_INPUT", "TF_DATA_DIR", "TF_WORKSPACE", "TF_IN_AUTOMATION", "TF_BUILD",
-    "TF_REGISTRY_*", "TF_IGNORE", "TF_PLUGIN_*", "TF_REATTACH_PROVIDERS", "TF_TOKEN_*", "TF_STATE_*", "TF_CLOUD_*",
+    "TF_CLI_*", "TF_VAR_*", "TF_LOG", "TF_LOG_*", "TF_INPUT", "TF_DATA_DIR", "TF_WORKSPACE", "TF_IN_AUTOMATION",
+    "TF_BUILD", "TF_REGISTRY_*", "TF_IGNORE", "TF_PLUGIN_*", "TF_REATTACH_PROVIDERS", "TF_TOKEN_*", "TF_STATE_*",
+    "TF_CLOUD_*",
 )  # fmt: skip
 _SOURCE_LIMIT = 4 << 20
 
@@ -57,7 +58,7 @@ def reason(runtime: Any, begin: Message, start: Message) -> Optional[str]:
 
 
 def expression(runtime: Any) -> Pattern[str]:
-    """One expression for all variables that a runtime and its interpreter read at their start; made once in a template."""
+    """One expression for all variables that a runtime and its interpreter read at their start; made once."""
     name = runtime.__name__
     if name not in _EXPRESSIONS:
         _EXPRESSIONS[name] = compiled((*INTERPRETER, *runtime.VARIABLES))
@@ -185,7 +186,7 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
 
 
 def execute(program: bytes, arguments: List[bytes]) -> NoReturn:
-    """Execute a program of the root file system or of the pocket, as a shell would find it. 127: not found; 126: not runnable."""
+    """Execute a program as a shell would find it. 127: not found; 126: not runnable."""
     path = os.fsencode(shutil.which(program, path=os.environb.get(b"PATH", b"/usr/bin:/bin")) or program)
     try:
         os.execv(path, [program, *arguments])

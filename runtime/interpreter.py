@@ -7,8 +7,11 @@ descriptors, the environment, signal dispositions, standard streams set up for a
 from __future__ import annotations
 
 import atexit
+import codecs
+import ctypes
 import gc
 import io
+import itertools
 import locale
 import os
 import resource
@@ -19,14 +22,21 @@ import time
 from dataclasses import dataclass
 from typing import Any, Container, Iterable, List, NoReturn, Tuple
 
-from nsutil.syscalls import SYS_CLOSE_RANGE, syscall
+from nsutil.syscalls import SYS_CLOSE_RANGE, libc, syscall
 from pocketd import wire
 from pocketd.wire import Message
+from runtime import frames
 
 OURS = ("nsutil", "runtime", "pocketd", "msgpack")
 _LIBRARY = "/run/pocketd/lib"
 # Limits of the caller that a program runs under too; the rest are the service's.
 RLIMITS = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA")
+
+
+_FLAGS = [field.partition("=")[0] for field in repr(sys.flags).partition("(")[2].split(", ")]
+
+
+_known = 0  # how many modules there were before the program's own
 
 
 def set_up() -> None:
@@ -59,6 +69,12 @@ class Clean:
             sys.modules.pop(name, None)
         for path in self.finders:
             sys.path_importer_cache.pop(path, None)
+        global _known
+        _known = len(sys.modules)
+        # One of these is the live fork's own, by which it stopped the template's threads; Python does not know of it.
+        for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
+            if signal.getsignal(number) in (None, signal.SIG_DFL):
+                signal.signal(number, signal.SIG_DFL)
         gc.enable()
 
 
@@ -94,10 +110,7 @@ def adopt(start: Message) -> None:
     for name, soft in wire.field(start, "limits", dict, {}).items():
         lower_limit(name, soft)
     dispositions(wire.field(start, "ignored", list, []))
-    try:
-        locale.setlocale(locale.LC_CTYPE, "")
-    except locale.Error:
-        pass  # not in this root file system: C, as for any program here
+    set_locale()
     time.tzset()
     set_streams()
 
@@ -129,6 +142,41 @@ def dispositions(ignored: List[Any]) -> None:
                 pass  # no such signal, or one that glibc keeps for itself
 
 
+def set_locale() -> None:
+    """LC_CTYPE as Python sets it (PEP 538); UTF-8 mode (PEP 540) by a UTF-8 locale, as far as can be."""
+    try:
+        name = locale.setlocale(locale.LC_CTYPE, "")
+    except locale.Error:  # not in this root file system
+        name = locale.setlocale(locale.LC_CTYPE, "C")
+    coerced = name == "C" and not os.environ.get("LC_ALL") and os.environ.get("PYTHONCOERCECLOCALE") != "0"
+    utf8 = coerced or utf8_mode(name)
+    set_flag("utf8_mode", utf8)
+    if utf8:
+        try:
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        except locale.Error:
+            return  # glibc before 2.35 on a distribution that does not add it
+        if coerced:
+            os.environ["LC_CTYPE"] = "C.UTF-8"
+
+
+def set_flag(name: str, value: bool) -> None:
+    """Change one of sys.flags, which Python code goes by; the interpreter's own copy cannot be reached.
+
+    A struct sequence keeps its items as a tuple does (CPython: Include/structseq.h). Only small integers go in and out,
+    whose reference counts do not matter.
+    """
+    index = next(i for i in range(len(sys.flags)) if _FLAGS[i] == name)
+    slot = ctypes.py_object.from_address(id(sys.flags) + tuple.__basicsize__ + index * ctypes.sizeof(ctypes.c_void_p))
+    if slot.value is sys.flags[index]:
+        slot.value = int(value)
+
+
+def utf8_mode(ctype: str) -> bool:
+    asked = os.environ.get("PYTHONUTF8")
+    return asked == "1" or (ctype in ("C", "POSIX") and asked != "0")
+
+
 def set_streams() -> None:
     """sys.stdin, stdout and stderr as the caller's environment and terminal ask for. CPython: create_stdio, PEP 538."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
@@ -142,9 +190,9 @@ def make_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
     if name == "stderr":
         errors = "backslashreplace"
     unbuffered = mode == "w" and bool(os.environ.get("PYTHONUNBUFFERED"))
-    raw = io.FileIO(fd, mode, closefd=False)
+    buffer: Any = open(fd, mode + "b", buffering=0 if unbuffered else -1, closefd=False)
+    raw = buffer if unbuffered else buffer.raw
     raw.name = f"<{name}>"
-    buffer: Any = raw if unbuffered else io.BufferedWriter(raw) if mode == "w" else io.BufferedReader(raw)
     line = mode == "w" and (name == "stderr" or raw.isatty())
     stream = io.TextIOWrapper(buffer, encoding, errors, newline="\n", line_buffering=line, write_through=unbuffered)
     stream.mode = mode  # type: ignore[misc]
@@ -152,12 +200,19 @@ def make_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
 
 
 def stream_encoding() -> Tuple[str, str]:
-    """The encoding and error handler of standard streams: PYTHONIOENCODING, UTF-8 mode, the locale."""
-    asked, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    """The encoding and error handler of standard streams: PYTHONIOENCODING, UTF-8 mode, the locale (initconfig.c)."""
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    if encoding and not errors:
+        errors = "strict"
     name = locale.setlocale(locale.LC_CTYPE)
-    simple = name in ("C", "POSIX") or os.environ.get("PYTHONUTF8") == "1"
-    encoding = asked or ("utf-8" if simple else locale.nl_langinfo(locale.CODESET).lower())
-    return encoding, errors or ("surrogateescape" if simple and not asked else "strict")
+    lax = name in ("C", "POSIX", "C.UTF-8", "C.utf8", "UTF-8") or utf8_mode(name)
+    if not encoding:
+        encoding = "utf-8" if utf8_mode(name) else locale.nl_langinfo(locale.CODESET)
+    try:
+        encoding = codecs.lookup(encoding).name
+    except LookupError:
+        encoding = "utf-8"  # Python itself would not start
+    return encoding, errors or ("surrogateescape" if lax else "strict")
 
 
 def is_open(fd: int) -> bool:
@@ -169,27 +224,60 @@ def is_open(fd: int) -> bool:
 
 
 def finish(code: int, *, full: bool = False) -> NoReturn:
-    """End as `python PROGRAM` does, but for the tearing down of modules: threads joined, atexit run, streams flushed.
+    """End as `python PROGRAM` does, but for the template's modules, which are torn down only if `full`.
 
-    Tearing down what a framework imported takes 0.1 to 0.4 s of a program's end and frees what the kernel frees anyway.
+    That takes 0.1 to 0.4 s for a framework's and frees what the kernel frees anyway.
     """
     if not wind_up():
         code = 120
     if full:
-        import ctypes
-
         ctypes.pythonapi.Py_Exit(code)
     os._exit(code & 0xFF)
 
 
 def wind_up() -> bool:
-    """Join threads, run atexit functions, flush; False when standard output could not be flushed."""
+    """Join threads, run atexit functions, flush, forget the program; False when a standard stream was not flushed.
+
+    CPython: Py_FinalizeEx.
+    """
     try:
         threading._shutdown()  # type: ignore[attr-defined]
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    atexit._run_exitfuncs()
-    return flush()
+    frames.alone(atexit._run_exitfuncs)
+    good = flush()
+    flush_files()
+    if threading.active_count() == 1:  # a daemon thread goes on here, where Python would stop it
+        forget_program()
+    flush_quietly()
+    libc.fflush(None)
+    return good
+
+
+def forget_program() -> None:
+    """Let go of what the program's modules hold: files that it left open are written, finalizers run.
+
+    CPython: finalize_modules.
+    """
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+        sys.__dict__.pop(name, None)
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, f"__{name}__"))
+    for name in list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known))):  # type: ignore[call-overload]
+        del sys.modules[name]
+    sys.modules.pop("__main__", None)
+    frames.alone(gc.collect)
+
+
+def flush_files() -> None:
+    """Write what open files hold. Text comes first, as its bytes go to a binary file."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    streams = [o for o in gc.get_objects() if type(o) in kinds]
+    for stream in sorted(streams, key=lambda stream: kinds.index(type(stream))):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # closed, or nobody takes it
 
 
 def finish_by(number: int) -> NoReturn:
@@ -199,17 +287,27 @@ def finish_by(number: int) -> NoReturn:
 
 
 def flush() -> bool:
-    """Flush the standard streams; False when standard output could not be, as Python's exit code 120 says."""
+    """Flush the standard streams; False when one could not be, as Python's exit code 120 says (flush_std_files)."""
     good = True
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name, None)
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
         except BaseException as e:
-            if stream is sys.stdout:
-                good = False
+            good = False
+            if name == "stdout":
                 complain(f"Exception ignored in: {stream!r}\n{type(e).__name__}: {e}\n")
     return good
+
+
+def flush_quietly() -> None:
+    """As Python does after it has run a file and before it shows why that ended (flush_io)."""
+    for name in ("stderr", "stdout"):
+        try:
+            getattr(sys, name).flush()
+        except BaseException:
+            pass
 
 
 def complain(text: str) -> None:

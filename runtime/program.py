@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict
 
 from pocketd import wire
 from pocketd.wire import Message
-from runtime import interpreter
+from runtime import frames, interpreter
 
 _HERE = os.path.dirname(__file__)
 
@@ -42,9 +42,13 @@ def run(start: Message) -> int:
 
 def apply_environment() -> None:
     """PYTHON* variables as far as a running interpreter can follow them; those that it cannot make a run cold."""
-    path = os.environ.get("PYTHONPATH", "")
-    sys.path[:0] = [p or os.getcwd() for p in path.split(os.pathsep)] if path else []
+    asked = os.environ.get("PYTHONPATH", "")
+    if asked:  # site.removeduppaths
+        sys.path[:] = dict.fromkeys([*map(os.path.abspath, asked.split(os.pathsep)), *sys.path])
+    sys.pycache_prefix = os.environ.get("PYTHONPYCACHEPREFIX") or None
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    for flag, variable in (("dont_write_bytecode", "PYTHONDONTWRITEBYTECODE"), ("no_user_site", "PYTHONNOUSERSITE")):
+        interpreter.set_flag(flag, bool(os.environ.get(variable)))
     asked = os.environ.get("PYTHONWARNINGS", "")
     if asked:
         sys.warnoptions[:] = asked.split(",")
@@ -71,8 +75,7 @@ def exit_status(e: SystemExit) -> int:
     if e.code is None:
         return 0
     if isinstance(e.code, int):
-        return e.code & 0xFF
-    interpreter.flush()
+        return e.code & 0xFF if -(1 << 63) <= e.code < 1 << 63 else 0xFF
     interpreter.complain(f"{e.code}\n")
     return 1
 
@@ -85,9 +88,8 @@ def report() -> None:
     assert kind and value
     value.__traceback__ = traceback
     sys.last_type, sys.last_value, sys.last_traceback = kind, value, traceback
-    interpreter.flush()
     try:
-        sys.excepthook(kind, value, traceback)
+        frames.alone(sys.excepthook, kind, value, traceback)
     except SystemExit:
         raise
     except BaseException:
@@ -120,7 +122,7 @@ def run_file(name: str) -> int:
     if importer is not None and _holds_main(importer):
         sys.path.insert(0, path)  # a directory or zip file with a __main__.py
         main_module()
-        runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        frames.alone(runpy._run_module_as_main, "__main__", False)  # type: ignore[attr-defined]
         return 0
     try:
         with io.open_code(path) as f:
@@ -141,8 +143,15 @@ def run_file(name: str) -> int:
     else:
         namespace["__loader__"] = importlib.machinery.SourceFileLoader("__main__", path)
         code = compile(source, path, "exec", dont_inherit=True)
-    exec(code, namespace)
+    execute(code, namespace)
     return 0
+
+
+def execute(code: Any, namespace: Dict[str, Any]) -> None:
+    try:
+        frames.alone(exec, code, namespace)
+    finally:
+        interpreter.flush_quietly()
 
 
 def _holds_main(importer: Any) -> bool:
@@ -155,7 +164,7 @@ def _holds_main(importer: Any) -> bool:
 def run_module(name: str) -> int:
     sys.path.insert(0, os.getcwd())
     main_module()
-    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    frames.alone(runpy._run_module_as_main, name)  # type: ignore[attr-defined]
     return 0
 
 
@@ -163,12 +172,13 @@ def run_input() -> int:
     """`python -`: the program is what stands on standard input."""
     sys.path.insert(0, "")
     namespace = main_module(__loader__=importlib.machinery.BuiltinImporter)
-    exec(compile(sys.stdin.buffer.read() if sys.stdin else b"", "<stdin>", "exec", dont_inherit=True), namespace)
+    source = sys.stdin.buffer.read() if sys.stdin else b""
+    execute(compile(source, "<stdin>", "exec", dont_inherit=True), namespace)
     return 0
 
 
 def run_code(source: str) -> int:
     sys.path.insert(0, "")
     namespace = main_module(__loader__=importlib.machinery.BuiltinImporter)
-    exec(compile(source, "<string>", "exec", dont_inherit=True), namespace)
+    frames.alone(exec, compile(source, "<string>", "exec", dont_inherit=True), namespace)
     return 0

@@ -112,25 +112,44 @@ def parse(words: list[str]) -> Request:
 
 def main(words: list[str], request: Request | None = None) -> NoReturn:
     """`pocket run WORDS...`. Ends this process as the program ended."""
+    present = standard_streams()
     try:
         r = request or parse(words)
         with Control(r.runtime_dir) as control:
-            login = log_in(control, r)
+            login = log_in(control, r, present)
         hold(login)
     except Usage as e:
-        sys.stderr.write(f"pocket run: {e}\n{USAGE}")
+        say(f"pocket run: {e}\n{USAGE}", end="")
         sys.exit(FAILED)
     except errors.PocketError as e:
-        sys.stderr.write(f"pocket: {e}\n")
+        say(f"pocket: {e}")
         sys.exit(NOT_FOUND if e.code == "not-found" else FAILED)
     except OSError as e:
-        sys.stderr.write(f"pocket: {e}\n")
+        say(f"pocket: {e}")
         sys.exit(FAILED)
 
 
-def log_in(control: Control, r: Request) -> Login:
+def standard_streams() -> list[int]:
+    """Which of 0, 1 and 2 are open. The others are held with /dev/null, so that no socket of ours gets their number."""
+    present = [n for n in (0, 1, 2) if is_open(n)]
+    while (fd := os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) < 3:
+        pass
+    os.close(fd)
+    return present
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A line of ours on standard error, if there is one that takes it."""
+    if sys.stderr is not None:
+        try:
+            print(text, end=end, file=sys.stderr, flush=True)
+        except OSError:
+            pass
+
+
+def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
     """Ask for a worker; from here on signals wait to be passed on."""
-    environment = dict(os.environb)
+    environment = callers_environment()
     directory = r.directory or os.getcwd()
     start: dict[str, Any] = {}
     if r.pocket:
@@ -146,7 +165,6 @@ def log_in(control: Control, r: Request) -> Login:
         if about["packages"]:
             start["packages"] = os.path.join(about["directory"], about["packages"])
     environment.pop(b"POCKETD_RUNTIME_DIR", None)
-    stdio = [n for n in (0, 1, 2) if is_open(n)]
     start.update(
         kind=r.kind,
         program=os.fsencode(r.program),
@@ -184,9 +202,16 @@ def log_in(control: Control, r: Request) -> Login:
             os.close(fd)
 
 
+def callers_environment() -> dict[bytes, bytes]:
+    """The environment that this process was started with: Python itself may have added LC_CTYPE since (PEP 538)."""
+    with open("/proc/self/environ", "rb") as f:
+        pairs = (entry.partition(b"=") for entry in f.read().split(b"\0"))
+    return {name: value for name, equals, value in pairs if name and equals}
+
+
 def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{text}\n")
+    if os.isatty(2):
+        say(text)
 
 
 def mount(text: str) -> tuple[str, str, bool]:
@@ -211,7 +236,7 @@ def hint(r: Request, directory: str, targets: list[str]) -> None:
                 continue
             path = os.path.abspath(text)
             if path != "/" and not any(path == top or path.startswith(top + "/") for top in tops):
-                sys.stderr.write(f"pocket: the program does not see {path}; add --mount {path}\n")
+                say(f"pocket: the program does not see {path}; add --mount {path}")
 
 
 def is_open(fd: int) -> bool:
@@ -276,7 +301,7 @@ def end(login: Login, message: dict[str, Any]) -> NoReturn:
     status = message.get("status")
     error = message.get("error") or early_failure(login.session)
     if error:
-        sys.stderr.write(f"pocket: {wire.Error.unwire(error).message}\n")
+        say(f"pocket: {wire.Error.unwire(error).message}")
     if not isinstance(status, int):
         sys.exit(FAILED)
     if os.WIFSIGNALED(status):
@@ -298,7 +323,6 @@ def early_failure(session: socket.socket) -> Any:
 def die_by(number: int) -> NoReturn:
     """End by the same signal, with no core file of this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
