@@ -34,13 +34,13 @@ AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int = 0, data: str | None = None) -> None:
-    words = [w.encode() if w is not None else None for w in (source, target, kind, data)]
+    words = [os.fsencode(w) if w is not None else None for w in (source, target, kind, data)]
     check(libc.mount(words[0], words[1], words[2], flags, words[3]), "mount", f"{kind or 'flags'} on {target}")
 
 
 def unmount(target: str) -> None:
     """Detach what is mounted at `target`; it goes when nobody uses it any more."""
-    check(libc.umount2(target.encode(), MNT_DETACH), "umount2", target)
+    check(libc.umount2(os.fsencode(target), MNT_DETACH), "umount2", target)
 
 
 def private() -> None:
@@ -58,7 +58,7 @@ def pivot(root: str) -> None:
 
 
 def open_tree(path: str | bytes, *, at: int = AT_FDCWD, recursive: bool = False) -> int:
-    """A detached copy of the mount at `path` (or of descriptor `at` itself, when `path` is empty), from there downwards.
+    """A detached copy of the mount at `path` (or of descriptor `at` itself, when `path` is empty), from there down.
 
     Returns a descriptor that the caller owns; closing it before it was attached undoes everything. EINVAL when the
     descriptor belongs to another mount namespace.
@@ -77,7 +77,7 @@ def set_attributes(
         set_ |= MOUNT_ATTR_IDMAP
     block = ctypes.create_string_buffer(struct.pack("4Q", set_, clear, 0, userns or 0), 32)
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
-    name = ctypes.c_char_p(path.encode())
+    name = ctypes.c_char_p(os.fsencode(path))
     syscall(SYS_MOUNT_SETATTR, tree, name, flags, block, 32, call="mount_setattr", detail=path or f"tree {tree}")
 
 

@@ -3,7 +3,7 @@
 Requests are {"v", "op", "id", ...}; a reply repeats the id and has either "ok": True with results or "error": {"code",
 "message", "detail"}. Errors of this shape become `Error` and travel in both directions. Nothing received is unpickled
 or evaluated; maps have string keys, nesting and lengths are bounded, and unknown keys are left alone so that a newer
-peer can say more.
+peer can say more. Strings carry paths too, whatever their bytes are (PEP 383).
 
 Used by the daemon, the client library and what runs inside services: standard library and msgpack only.
 """
@@ -48,14 +48,14 @@ class Error(Exception):
 
 
 def pack(message: Message) -> bytes:
-    packed: bytes = msgpack.packb({"v": VERSION, **message}, use_bin_type=True)
+    packed: bytes = msgpack.packb({"v": VERSION, **message}, use_bin_type=True, unicode_errors="surrogateescape")
     return packed
 
 
 def unpack(body: bytes) -> Message:
     """The message in `body`. Raises MessageError when it is none, or of a version that is not spoken here."""
     try:
-        message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_ext_len=0)
+        message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_ext_len=0, unicode_errors="surrogateescape")
     except Exception as e:  # msgpack raises ValueError, its own types, and RecursionError in its Python form
         raise MessageError(f"not msgpack: {type(e).__name__}: {e}") from None
     if not isinstance(message, dict) or not all(isinstance(k, str) for k in message):
