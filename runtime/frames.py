@@ -9,44 +9,56 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
 
 
-def _current() -> Optional[int]:
-    """The address at which CPython keeps the innermost frame of this thread; None for a version not known here.
+class _State(ctypes.Structure):
+    """The first fields of this thread's state, by CPython's version (cpython/pystate.h)."""
 
-    cpython/pystate.h: `frame` up to 3.10, `cframe->current_frame` in 3.11 and 3.12, `current_frame` from 3.13.
-    """
-    state = ctypes.pythonapi.PyThreadState_Get()
-    if sys.version_info < (3, 11):
-        return int(state) + 3 * _WORD
-    if sys.version_info < (3, 13):
-        inner = ctypes.c_void_p.from_address(state + 7 * _WORD).value
-        return (inner or 0) + (_WORD if sys.version_info < (3, 12) else 0)
-    return int(state) + 9 * _WORD if sys.version_info < (3, 14) else None
+    _fields_ = [("prev", ctypes.c_void_p), ("next", ctypes.c_void_p), ("interp", ctypes.c_void_p)] + {
+        (3, 9): [("frame", ctypes.c_void_p)],
+        (3, 10): [("frame", ctypes.c_void_p)],
+        (3, 11): [("status", ctypes.c_int * 2), ("remaining", ctypes.c_int), ("limit", ctypes.c_int)]
+        + [("others", ctypes.c_int * 3), ("cframe", ctypes.c_void_p)],
+        (3, 12): [("status", ctypes.c_int), ("remaining", ctypes.c_int), ("limit", ctypes.c_int)]
+        + [("others", ctypes.c_int * 4), ("cframe", ctypes.c_void_p)],
+        (3, 13): [("eval_breaker", ctypes.c_void_p), ("status", ctypes.c_int * 3), ("remaining", ctypes.c_int)]
+        + [("limit", ctypes.c_int), ("others", ctypes.c_int * 4), ("frame", ctypes.c_void_p)],
+    }.get(sys.version_info[:2], [])
+
+
+# What the builtins between `alone` and its function count as in 3.11, where C and Python share one depth.
+_BUILTINS = 1 if sys.version_info[:2] == (3, 11) else 0
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call with no frame beneath; with the frames there are where this interpreter's layout is not as expected."""
+    """Call with no frame beneath, and none counted; with those there are where the layout is not as expected."""
     # A builtin, so that CPython makes a new evaluation loop of what it calls: it must not be inlined in this one.
     call = functools.partial(function, *arguments)
-    address = _current()
-    if address is None:
-        call()
-        return
+    state = _State.from_address(ctypes.pythonapi.PyThreadState_Get())
     here = sys._getframe()
     expected = id(here) if sys.version_info < (3, 11) else ctypes.c_void_p.from_address(id(here) + 3 * _WORD).value
     del here
-    slot = ctypes.c_void_p.from_address(address)
-    mine = slot.value
-    if mine != expected:
+    if hasattr(state, "cframe"):
+        slot = ctypes.c_void_p.from_address((state.cframe or 0) + (_WORD if sys.version_info < (3, 12) else 0))
+    elif hasattr(state, "frame"):
+        slot = ctypes.c_void_p.from_address(ctypes.addressof(state) + _State.frame.offset)
+    else:
+        slot = None
+    if slot is None or slot.value != expected:
         call()
         return
+    depth = 0
+    if getattr(state, "limit", None) == sys.getrecursionlimit():
+        depth = state.limit - state.remaining + _BUILTINS
+        state.remaining += depth
     slot.value = None
     try:
         call()
     finally:
-        slot.value = mine
+        slot.value = expected
+        if depth:
+            state.remaining -= depth

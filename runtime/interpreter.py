@@ -7,6 +7,7 @@ descriptors, the environment, signal dispositions, standard streams set up for a
 from __future__ import annotations
 
 import atexit
+import builtins
 import codecs
 import ctypes
 import gc
@@ -36,6 +37,7 @@ RLIMITS = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIM
 _FLAGS = [field.partition("=")[0] for field in repr(sys.flags).partition("(")[2].split(", ")]
 
 
+_BUILTINS = dict(vars(builtins))  # a program may change its own
 _known = 0  # how many modules there were before the program's own
 
 
@@ -245,6 +247,7 @@ def wind_up() -> bool:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     frames.alone(atexit._run_exitfuncs)
+    builtins.__dict__.update(_BUILTINS)
     good = flush()
     flush_files()
     if threading.active_count() == 1:  # a daemon thread goes on here, where Python would stop it

@@ -16,7 +16,7 @@ import signal
 import sys
 import types
 import warnings
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
 from pocketd import wire
 from pocketd.wire import Message
@@ -33,11 +33,12 @@ def run(start: Message) -> int:
     flag = {"module": ["-m", name], "code": ["-c", name]}.get(kind, [name])
     sys.orig_argv[:] = [sys.executable, *flag, *arguments]
     apply_environment()
+    runner = {"file": run_file, "module": run_module, "code": run_code}[kind]
     try:
-        return guarded({"file": run_file, "module": run_module, "code": run_code}[kind], name)
-    except KeyboardInterrupt:
-        report()
-        interpreter.finish_by(signal.SIGINT)
+        return runner(name)
+    except BaseException as e:
+        failure = e
+    return fail(failure)
 
 
 def apply_environment() -> None:
@@ -59,16 +60,14 @@ def apply_environment() -> None:
         faulthandler.enable()
 
 
-def guarded(runner: Callable[[str], int], name: str) -> int:
-    try:
-        return runner(name)
-    except SystemExit as e:
+def fail(e: BaseException) -> int:
+    """What the interpreter does about an exception that nobody caught; returns the exit status."""
+    if isinstance(e, SystemExit):
         return exit_status(e)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        report()
-        return 1
+    code = report(e)
+    if isinstance(e, KeyboardInterrupt):
+        interpreter.finish_by(signal.SIGINT)
+    return code
 
 
 def exit_status(e: SystemExit) -> int:
@@ -80,23 +79,34 @@ def exit_status(e: SystemExit) -> int:
     return 1
 
 
-def report() -> None:
+def report(e: BaseException) -> int:
     """Show the exception as the interpreter does, without the frames of ours through which it came."""
-    kind, value, traceback = sys.exc_info()
-    while traceback and os.path.dirname(traceback.tb_frame.f_code.co_filename) == _HERE:
-        traceback = traceback.tb_next
-    assert kind and value
-    value.__traceback__ = traceback
-    sys.last_type, sys.last_value, sys.last_traceback = kind, value, traceback
+    strip(e)
+    sys.last_type, sys.last_value, sys.last_traceback = type(e), e, e.__traceback__
+    if sys.version_info >= (3, 12):
+        sys.last_exc = e
+    hook: Any = getattr(sys, "excepthook", sys.__excepthook__)
+    failure: BaseException
     try:
-        frames.alone(sys.excepthook, kind, value, traceback)
-    except SystemExit:
-        raise
-    except BaseException:
-        interpreter.complain("Error in sys.excepthook:\n")
-        sys.__excepthook__(*sys.exc_info())
-        interpreter.complain("\nOriginal exception was:\n")
-        sys.__excepthook__(kind, value, traceback)
+        if not callable(hook):
+            raise TypeError(f"{type(hook).__name__!r} object is not callable")
+        frames.alone(hook, type(e), e, e.__traceback__)
+        return 1
+    except SystemExit as exit:
+        return exit_status(exit)
+    except BaseException as f:
+        failure = f
+    strip(failure)
+    interpreter.complain("Error in sys.excepthook:\n")
+    sys.__excepthook__(type(failure), failure, failure.__traceback__)
+    interpreter.complain("\nOriginal exception was:\n")
+    sys.__excepthook__(type(e), e, e.__traceback__)
+    return 1
+
+
+def strip(e: BaseException) -> None:
+    while e.__traceback__ and os.path.dirname(e.__traceback__.tb_frame.f_code.co_filename) == _HERE:
+        e.__traceback__ = e.__traceback__.tb_next
 
 
 def main_module(**attributes: Any) -> Dict[str, Any]:
