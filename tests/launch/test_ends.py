@@ -1,0 +1,148 @@
+"""How a program ends: exit codes of every kind, death by signals, what runs at the end."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+CODES = ["0", "3", "255", "256", "257", "-1", "-256", "None", "True", "False", "''", "'words'", "'é€\\n'", "1.5", "[1]"]
+CODES += ["2**31", "2**32 + 3", "2**63 - 1", "2**64", "-2**64", "(1, 2)", "object", "ValueError('x')"]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_exit_codes_are_pythons(both, code):
+    both.same_program(f"import sys; print('out'); sys.exit({code})")
+
+
+@pytest.mark.parametrize(
+    "by", ["exit(3)", "quit(4)", "raise SystemExit", "raise SystemExit(5)", "import os; os._exit(6)"]
+)
+def test_other_ways_to_exit(both, by):
+    both.same_program(f"print('out', flush=True)\n{by}")
+
+
+def test_exit_with_more_than_one_value(both):
+    both.same_program("raise SystemExit(1, 2)")
+    both.same_program("class Mine(SystemExit): code = 7\nraise Mine")
+
+
+def test_exit_in_a_module_in_a_function_and_in_a_thread(both):
+    both.write("module.py", "import sys; sys.exit(9)")
+    assert both.same_program("import module").status == 9
+    both.same_program("import sys, threading\nt = threading.Thread(target=sys.exit, args=(4,)); t.start(); t.join()")
+
+
+END = {
+    "atexit": "import atexit\nfor n in range(3): atexit.register(print, n)\nprint('last')",
+    "atexit after an error": "import atexit; atexit.register(print, 'end'); 1/0",
+    "atexit after exit": "import atexit, sys; atexit.register(print, 'end'); sys.exit(3)",
+    "an error in atexit": "import atexit\ndef f(): 1/0\natexit.register(print, 'first'); atexit.register(f)",
+    "exit in atexit": "import atexit, sys; atexit.register(print, 'first'); atexit.register(sys.exit, 4)",
+    "os._exit in atexit": "import atexit, os; atexit.register(os._exit, 5); print('lost?')",
+    "atexit registers more": "import atexit\natexit.register(lambda: atexit.register(print, 'more'))",
+    "atexit knows its globals": "import atexit\nvalue = 3\natexit.register(lambda: print(value, __name__))",
+    "a finalizer": "class A:\n  def __del__(self): print('deleted', __name__)\na = A()\nb = [a]",
+    "a finalizer in a cycle": "class A:\n  def __del__(self): print('deleted')\na = A(); a.me = a",
+    "an error in a finalizer": "exec('class A:\\n  def __del__(self): 1/0'); a = A()",  # Python finds no source then
+    "weakref.finalize": "import weakref\nclass A: pass\na = A(); weakref.finalize(a, print, 'finalized')",
+    "a file left open": "f = open('out', 'w'); f.write('kept')",
+    "a file left open in a function": "def f():\n  f.file = open('out', 'w'); f.file.write('kept')\nf()",
+    "a file left open in an error": "def f():\n  g = open('out', 'w'); g.write('kept'); 1/0\nf()",
+    "a file left open in a daemon thread's program": "import threading\nthreading.Thread(target=threading.Event().wait,"
+    " daemon=True).start()\nf = open('out', 'w'); f.write('kept')",
+    "a zip file left open": "import zipfile; z = zipfile.ZipFile('out', 'w'); z.writestr('a', 'kept')",
+    "a gzip file left open": "import gzip; z = gzip.GzipFile('out', 'w', mtime=0); z.write(b'kept')",
+    "stdio of C left unflushed": "import ctypes; ctypes.CDLL(None).printf(b'from C\\n')",
+    "a temporary directory": "import tempfile, os; d = tempfile.TemporaryDirectory(dir='.'); print(os.listdir(d.name))",
+    "logging": "import logging; logging.basicConfig(); logging.warning('x'); logging.getLogger('a').error('b')",
+    "a generator left open": "def g():\n  try: yield\n  finally: print('closed')\nx = g(); next(x)",
+    "a module that is left": "import beside\nprint('end')",
+}
+
+
+@pytest.mark.parametrize("name", END)
+def test_what_runs_at_the_end(both, name):
+    both.write("beside.py", "class A:\n  def __del__(self): print('beside deleted')\na = A()")
+    both.write("app.py", END[name])
+
+    def run(by):
+        ended = by("app.py").masked((rb"0x[0-9a-f]+",))
+        out = both.place / "out"
+        text = out.read_bytes() if out.exists() else None
+        out.unlink(missing_ok=True)
+        return ended, text
+
+    expected = run(both.plain)
+    assert run(both.pocket) == expected
+
+
+def test_threads_are_waited_for_and_daemons_are_not(both):
+    both.same_program("""
+        import threading, time
+        gate = threading.Event()
+        def late():
+            gate.wait(); print("late")
+        threading.Thread(target=late).start()
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        threading.Timer(0.05, gate.set).start()
+        print("main ends")
+    """)
+
+
+def test_an_error_in_a_thread(both):
+    both.same_program("""
+        import threading
+        def f(): 1/0
+        t = threading.Thread(target=f, name="mine"); t.start(); t.join(); print("on")
+    """)
+
+
+SIGNALS = ["SIGKILL", "SIGTERM", "SIGABRT", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGHUP", "SIGUSR1", "SIGALRM"]
+SIGNALS += [
+    "SIGPIPE",
+    "SIGQUIT",
+    "SIGXCPU",
+    "SIGXFSZ",
+    "SIGSYS",
+    "SIGTRAP",
+    "SIGVTALRM",
+    "SIGPROF",
+    "SIGRTMIN",
+    "SIGRTMAX",
+]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_death_by_a_signal_is_the_commands_too(both, name):
+    ended = both.same_program(f"import os, signal; print(1, flush=True); os.kill(os.getpid(), signal.{name}); print(2)")
+    ignored = name in ("SIGPIPE", "SIGXFSZ")  # by Python itself
+    assert ended.status == (0 if ignored else -getattr(signal, name))
+
+
+CRASHES = {
+    "a null pointer": "import ctypes; ctypes.string_at(0)",
+    "os.abort": "import os; os.abort()",
+    "abort of C": "import ctypes; ctypes.CDLL(None).abort()",
+    "faulthandler": "import ctypes, faulthandler; faulthandler.enable(); ctypes.string_at(0)",
+    "an assertion of C": "import signal; signal.raise_signal(signal.SIGABRT)",
+    "a limit on cpu": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass",
+    "from a thread": "import threading, os; t = threading.Thread(target=os.abort); t.start(); t.join()",
+    "an alarm": "import signal; signal.alarm(1); signal.pause()",
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_crashes(both, name):
+    both.same_program(CRASHES[name], mask=(rb"0x[0-9a-f]+",))
+
+
+def test_python_as_pid_2_takes_signals_as_always(both):
+    """Not as PID 1, which the kernel shields from its own signals."""
+    both.same_program("""
+        import os, signal
+        pid = os.fork()
+        if pid == 0: os.abort()
+        print(os.waitpid(pid, 0)[1])
+        signal.raise_signal(signal.SIGTERM)
+    """)
