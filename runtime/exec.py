@@ -6,9 +6,10 @@ workers are init's children like all others.
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 VARIABLES: Tuple[str, ...] = ()
+ENVIRONMENT: Dict[str, str] = {}
 
 
 def preload(names: List[str]) -> None:

@@ -1,6 +1,7 @@
 """What a runtime is: a module of this package with these names, and what a loaded model is.
 
 VARIABLES               fnmatch patterns of the environment variables that it reads when it is imported
+ENVIRONMENT             variables that its templates start with, unless the service's definition has them
 preload(names)          import it, so that everything after is quick; nothing that a plain fork would lose
 load_file(path)         a Model from a file or directory by the framework's own loader
 adopt_object(object)    a Model of what a factory made, or None when it is nothing special to this runtime

@@ -16,6 +16,8 @@ VARIABLES = (
     "NUMBA_*",
 )  # fmt: skip
 
+ENVIRONMENT: Dict[str, str] = {}
+
 
 def preload(names: List[str]) -> None:
     """Import each module. An error of one is its own, with its traceback."""

@@ -18,6 +18,10 @@ VARIABLES = (
     "OPENBLAS_*", "GOTO_*", "BLIS_*", "ONEDNN_*", "DNNL_*", "CUDA_*", "NPY_*", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
 )  # fmt: skip
 
+# oneDNN's own allocator keeps what a model's loading and rehearsal needed; the C library's can give it back, so that
+# workers do not carry it.
+ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"}
+
 
 def preload(names: List[str]) -> None:
     """Import TensorFlow, numpy and Keras, and what a script's first lines would still load lazily. Stays uneager."""

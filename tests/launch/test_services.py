@@ -99,7 +99,9 @@ def test_a_service_from_a_directory(own_pocketd, tmp_path, rootfs):
     """)
     app = tmp_path / "app"
     app.mkdir()
-    done = daemon.pocket("run", "--service", "shell", "sh", "-c", "cat /etc/hostname; touch /etc/x", cwd=app, check=False)
+    done = daemon.pocket(
+        "run", "--service", "shell", "sh", "-c", "cat /etc/hostname; touch /etc/x", cwd=app, check=False
+    )
     assert done.stdout == "of the rootfs\n"
     assert "Read-only file system" in done.stderr or "Permission denied" in done.stderr
     code = "import os, sys; print(sys.executable, sorted(os.listdir('/etc')))"
@@ -108,7 +110,15 @@ def test_a_service_from_a_directory(own_pocketd, tmp_path, rootfs):
 
 
 def test_the_host_root_shows_an_allowlist(pocketd, tmp_path):
-    hidden = ["/etc/shadow", "/var", "/boot", "/etc/ssh", str(ROOT / "pocketd"), str(pocketd.state_dir), "/etc/ssl/private"]
+    hidden = [
+        "/etc/shadow",
+        "/var",
+        "/boot",
+        "/etc/ssh",
+        str(ROOT / "pocketd"),
+        str(pocketd.state_dir),
+        "/etc/ssl/private",
+    ]
     code = f"import os; print([p for p in {hidden!r} if os.path.exists(p) and (not os.path.isdir(p) or os.listdir(p))])"
     done = pocketd.pocket("run", "--service", "plain", "-c", code, cwd=tmp_path)
     assert done.stdout == "[]\n"
