@@ -17,7 +17,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from nsutil import clone, namespaces, privileges
+from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -80,6 +80,7 @@ def warm(template: Template) -> None:
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
         cold.expression(template.runtime)
         gc.collect()
+        memory.trim()  # what loading needed is not to be carried by every worker
         gc.freeze()
         gc.disable()
     except BaseException as e:
