@@ -385,7 +385,7 @@ def _advice(stage: str, number: int) -> str:
         ("clone3", errno.ENOMEM): "no memory; or the first process of the pid namespace has ended",
         ("clone3", errno.EBUSY): "the cgroup has controllers enabled for its children: only a leaf takes processes",
         ("clone3", errno.ENODEV): "the cgroup has been removed",
-        ("clone3", errno.ENOENT): "the cgroup is not beneath this process's cgroup namespace",
+        ("clone3", errno.ENOENT): "the cgroup has been removed, or is not beneath this process's cgroup namespace",
         ("clone3", errno.EACCES): "cgroup.procs of the cgroup and of the common ancestor must be writable",
         ("clone3", errno.ENOSPC): "user.max_*_namespaces is reached",
         ("clone3", errno.EPERM): "needs CAP_SYS_ADMIN for namespaces and CAP_CHECKPOINT_RESTORE for set_tid",

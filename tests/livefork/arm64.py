@@ -1,8 +1,9 @@
-"""A machine to run an aarch64 program on: qemu-system-aarch64 under TCG, Debian's cloud kernel, an initramfs of two files.
+"""A machine to run an aarch64 program on: qemu-system-aarch64 under TCG, Debian's cloud kernel, an initramfs.
 
 Needs, from the host's distribution: qemu-system-aarch64 (Debian: qemu-system-arm), aarch64-linux-gnu-gcc with a static
-libc (Debian: gcc-aarch64-linux-gnu and what it recommends), apt-get and dpkg-deb. The kernel is fetched once, by apt from
-the host's own sources into a state directory of its own under .cache/. qemu-user cannot stand in: live fork hangs in it.
+libc (Debian: gcc-aarch64-linux-gnu and what it recommends), apt-get and dpkg-deb. The kernel is fetched once, by apt
+from the host's own sources into a state directory of its own under .cache/. qemu-user cannot stand in: live fork hangs
+in it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _cpio(files: dict[str, bytes]) -> bytes:
 
 
 def run(program: Path, arguments: list[str], place: Path, timeout: float) -> str:
-    """Boot a machine that runs `program`; what its console said. Raises AssertionError unless the program ended with 0."""
+    """Boot a machine that runs `program`; what its console said. AssertionError unless the program ended with 0."""
     init = place / "init"
     build([Path(__file__).parent / "init.c"], init)
     ramdisk = place / "initramfs"

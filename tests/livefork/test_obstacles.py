@@ -1,0 +1,97 @@
+"""What a fork does not carry over is found, and remedied where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+Python = Callable[..., str]
+
+
+def test_each_obstacle_is_found_with_its_remedy(python: Python, tmp_path: Path) -> None:
+    python(
+        f"""
+import ctypes, mmap, select, socket
+libc = ctypes.CDLL(None, use_errno=True)
+before = {{str(o) for o in clone.inspect(())}}
+assert all(o.kind in ("pipe", "device", "socket") for o in clone.inspect(())), before
+file = open({str(tmp_path / "file")!r}, "w+")
+epoll = select.epoll()
+eventfd, inotify, timerfd = libc.eventfd(0, 0), libc.inotify_init1(0), libc.timerfd_create(1, 0)
+pair = socket.socketpair()
+pipe = os.pipe()
+null = os.open("/dev/null", os.O_RDWR)
+full, kmsg = os.open("/dev/full", os.O_RDWR), os.open("/dev/net/tun" if os.path.exists("/dev/net/tun") else "/dev/ptmx", os.O_RDWR)
+path = os.open("/usr", os.O_PATH)
+pidfd = os.pidfd_open(os.getpid())
+shared = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+timer = ctypes.c_void_p()
+assert libc.timer_create(1, None, ctypes.byref(timer)) == 0
+assert libc.mlock(ctypes.c_void_p(id(0) & -mmap.PAGESIZE), ctypes.c_size_t(1)) == 0
+found = [o for o in clone.inspect({{pipe[1]}}) if str(o) not in before]
+kinds = {{(o.kind, o.fd): o.remedy for o in found}}
+for fd, kind, remedy in [
+    (file.fileno(), "file", "reopen"), (epoll.fileno(), "epoll", "refuse"), (eventfd, "eventfd", "refuse"),
+    (inotify, "inotify", "refuse"), (timerfd, "timerfd", "refuse"), (pair[0].fileno(), "socket", "refuse"),
+    (pipe[0], "pipe", "refuse"), (null, "device", "ignore"), (full, "device", "ignore"), (kmsg, "device", "refuse"),
+    (path, "directory", "ignore"), (pidfd, "pidfd", "ignore"),
+]:
+    assert kinds.pop((kind, fd)) == remedy, (fd, kind, remedy, kinds)
+assert kinds.pop(("socket", pair[1].fileno())) == "refuse"
+assert kinds == {{("mapping", None): "privatize", ("timer", None): "refuse", ("locked memory", None): "refuse"}}, kinds
+"""
+    )
+
+
+def test_a_shared_mapping_becomes_private_with_its_contents(python: Python, tmp_path: Path) -> None:
+    """Also where the file is shorter than the mapping: reading there is SIGBUS."""
+    file = tmp_path / "database"
+    file.write_bytes(b"kept" * 1024)
+    python(
+        f"""
+import mmap, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+descriptor = os.open({str(file)!r}, os.O_RDWR)
+os.ftruncate(descriptor, 16 * mmap.PAGESIZE)
+mapped = mmap.mmap(descriptor, 16 * mmap.PAGESIZE)
+os.ftruncate(descriptor, 4096)
+anonymous = mmap.mmap(-1, mmap.PAGESIZE)
+anonymous[:5] = b"hello"
+assert len([o for o in clone.inspect(()) if o.remedy == "privatize"]) == 2
+names = clone.privatize_shared_mappings()
+assert {str(file)!r} in names and len(names) == 2, names
+assert mapped[:4096] == b"kept" * 1024 and mapped[-1] == 0 and anonymous[:5] == b"hello"
+mapped[:4] = anonymous[:4] = b"mine"
+def act():
+    clone.revive()
+    mapped[:4] = anonymous[:4] = b"ours"
+    return True
+assert child_says(act)
+assert mapped[:4] == anonymous[:4] == b"mine"
+assert os.pread(descriptor, 4, 0) == b"kept"
+assert not [o for o in clone.inspect(()) if o.kind == "mapping"]
+"""
+    )
+
+
+def test_a_reopened_file_has_an_offset_of_its_own(python: Python, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    python(
+        f"""
+import fcntl
+descriptor = os.open({str(file)!r}, os.O_RDWR | os.O_APPEND)
+os.unlink({str(file)!r})
+assert os.read(descriptor, 4) == b"0123"
+def act():
+    clone.revive()
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    for obstacle in clone.inspect(()):
+        if obstacle.remedy == "reopen":
+            clone.reopen(obstacle.fd)
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) == flags and not os.get_inheritable(descriptor)
+    return os.read(descriptor, 100).decode()
+assert child_says(act) == "456789"
+assert os.read(descriptor, 100) == b"456789"
+"""
+    )
