@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Container, Iterable, List, NoReturn, Tuple
+from typing import Any, Container, Dict, List, NoReturn, Tuple
 
 from nsutil.syscalls import SYS_CLOSE_RANGE, libc, syscall
 from pocketd import wire
@@ -41,8 +41,27 @@ _BUILTINS = dict(vars(builtins))  # a program may change its own
 _known = 0  # how many modules there were before the program's own
 
 
+_exits: List[Tuple[Any, Tuple[Any, ...], Dict[str, Any]]] = []  # what the template's libraries registered by atexit
+_register = atexit.register
+
+
+def _remember_exit(function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    _exits.append((function, args, kwargs))
+    return _register(function, *args, **kwargs)
+
+
+def _run_inherited_exits() -> None:
+    """What libraries registered in the template. Some of it concerns the template's own files, which are not here."""
+    for function, args, kwargs in reversed(_exits):
+        try:
+            function(*args, **kwargs)
+        except Exception:
+            pass
+
+
 def set_up() -> None:
     """In a template, before it loads anything: signals as a program finds them, no surprise from the environment."""
+    atexit.register = _remember_exit
     sys.argv[:] = [""]
     sys.path[:] = [p for p in sys.path if p not in ("", _LIBRARY)]
     # msgpack's extension leaves these; another that is made by Cython makes its own.
@@ -71,6 +90,9 @@ class Clean:
             sys.modules.pop(name, None)
         for path in self.finders:
             sys.path_importer_cache.pop(path, None)
+        atexit._clear()
+        atexit.register = _register
+        atexit.register(_run_inherited_exits)  # first, so it runs last
         global _known
         _known = len(sys.modules)
         # One of these is the live fork's own, by which it stopped the template's threads; Python does not know of it.
@@ -88,16 +110,6 @@ def close_others(keep: Container[int]) -> None:
             syscall(SYS_CLOSE_RANGE, first, fd - 1, 0, call="close_range")
         first = fd + 1
     syscall(SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0, call="close_range")
-
-
-def reopen(fds: Iterable[int]) -> None:
-    """Give each regular file that a library holds open an offset of this process's own."""
-    for fd in fds:
-        at = os.lseek(fd, 0, os.SEEK_CUR)
-        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        os.lseek(own, at, os.SEEK_SET)
-        os.dup2(own, fd, inheritable=False)
-        os.close(own)
 
 
 def adopt(start: Message) -> None:

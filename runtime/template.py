@@ -71,8 +71,8 @@ def warm(template: Template) -> None:
             for name, source in begin["models"].items():
                 template.say({"op": "progress", "text": f"loading model {name} ({source})"})
                 template.models[name] = models.load(template.runtime, name, source)
-        privatized = getattr(clone, 'privatize_shared_mappings', list)()
-        obstacles = getattr(clone, 'inspect', lambda k: [])({0, 1, 2, template.talk.fileno()})
+        privatized = clone.privatize_shared_mappings()
+        obstacles = clone.inspect({0, 1, 2, template.talk.fileno()})
         refused = [o for o in obstacles if o.remedy == "refuse"]
         if refused:
             what = "; ".join(str(o) for o in refused)

@@ -28,6 +28,8 @@ def run(template: Any, message: Message, session_fd: int, handed: List[int], cle
     try:
         os.setsid()
         interpreter.close_others({session_fd, *handed, *template.reopen})
+        for fd in template.reopen:
+            clone.reopen(fd)
         output = handed.pop(0) if message["mode"] == "client" else None
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)
@@ -42,7 +44,6 @@ def run(template: Any, message: Message, session_fd: int, handed: List[int], cle
             cold.run(template.begin, start, difference)
         privileges.dumpable(True)
         clone.revive()
-        interpreter.reopen(template.reopen)
         randomness.renew()
         clean.restore()
         if start["mode"] == "client":
