@@ -21,7 +21,9 @@ eventfd, inotify, timerfd = libc.eventfd(0, 0), libc.inotify_init1(0), libc.time
 pair = socket.socketpair()
 pipe = os.pipe()
 null = os.open("/dev/null", os.O_RDWR)
-full, kmsg = os.open("/dev/full", os.O_RDWR), os.open("/dev/net/tun" if os.path.exists("/dev/net/tun") else "/dev/ptmx", os.O_RDWR)
+full = os.open("/dev/full", os.O_RDWR)
+real = [d for d in ("/dev/net/tun", "/dev/kmsg", "/dev/fuse", "/dev/loop-control") if os.path.exists(d)]
+device = os.open(real[0], os.O_RDONLY)
 path = os.open("/usr", os.O_PATH)
 pidfd = os.pidfd_open(os.getpid())
 shared = mmap.mmap(-1, 3 * mmap.PAGESIZE)
@@ -33,7 +35,7 @@ kinds = {{(o.kind, o.fd): o.remedy for o in found}}
 for fd, kind, remedy in [
     (file.fileno(), "file", "reopen"), (epoll.fileno(), "epoll", "refuse"), (eventfd, "eventfd", "refuse"),
     (inotify, "inotify", "refuse"), (timerfd, "timerfd", "refuse"), (pair[0].fileno(), "socket", "refuse"),
-    (pipe[0], "pipe", "refuse"), (null, "device", "ignore"), (full, "device", "ignore"), (kmsg, "device", "refuse"),
+    (pipe[0], "pipe", "refuse"), (null, "device", "ignore"), (full, "device", "ignore"), (device, "device", "refuse"),
     (path, "directory", "ignore"), (pidfd, "pidfd", "ignore"),
 ]:
     assert kinds.pop((kind, fd)) == remedy, (fd, kind, remedy, kinds)
