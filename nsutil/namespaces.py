@@ -51,9 +51,9 @@ def loopback_up() -> None:
 
 
 def id_map(on_disk: tuple[int, int], shown: tuple[int, int]) -> int:
-    """A user namespace for `mounts.set_attributes(userns=)`: files of uid and gid `on_disk` appear as `shown`'s.
+    """A user namespace for `mounts.set_attributes(userns=)`: files of ids `on_disk` (uid, gid) appear as `shown`'s.
 
-    Returns a descriptor that the caller owns. Costs about 1 ms, so keep it. Source: mount_setattr(2), "ID-mapped mounts".
+    Returns a descriptor that the caller owns. Costs about 1 ms, so keep it. mount_setattr(2), "ID-mapped mounts".
     """
     holder = clone.pause(flags=CLONE_NEWUSER)
     try:

@@ -1,4 +1,4 @@
-"""pocketd: read the configuration, take over what is on, answer the control socket, leave everything running at the end."""
+"""pocketd: read the configuration, take over what is on, answer the control socket, leave all running at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Daemon:
         self.identities = Identities(state_dir / "ids.json")
         self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.services = {
-            name: RunningService(d, hierarchy, self.base, runtime_dir, state_dir) for name, d in settings.services.items()
+            name: RunningService(d, hierarchy, self.base, runtime_dir, state_dir)
+            for name, d in settings.services.items()
         }
 
     def service(self, name: str) -> RunningService:
@@ -113,7 +114,7 @@ class Daemon:
         waits = [asyncio.ensure_future(s.over.wait()) for _, s in found]
         if waits:
             await asyncio.wait(waits, timeout=timeout)
-        for (service, s), wait in zip(found, waits):
+        for (service, s), wait in zip(found, waits, strict=True):
             if not wait.done() and service.init:
                 (await service.init.call("end", session=s.id))[1].close()
                 await wait
@@ -162,7 +163,9 @@ def main() -> None:
     settings = read(functools.partial(hierarchy.refusals, offered=base.files()))
     for problem in settings.problems:
         where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
-        events.emit("config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message)
+        events.emit(
+            "config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message
+        )
     for notice in settings.notices:
         events.emit("config-notice", "notice", notice=notice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -28,7 +28,9 @@ class Identities:
                 read = json.loads(path.read_text())
                 self._named = {str(k): int(v) for k, v in read.items() if FIRST <= int(v) < FIRST + _NAMED}
             except (ValueError, AttributeError) as e:
-                raise Error("state", f"{path} is damaged ({e}); mend it, or remove it if no pocket owns files") from None
+                raise Error(
+                    "state", f"{path} is damaged ({e}); mend it, or remove it if no pocket owns files"
+                ) from None
 
     def named(self, name: str) -> int:
         """The id of a named pocket: the same for ever."""
@@ -41,7 +43,7 @@ class Identities:
         return self._named[name]
 
     def ad_hoc(self, used: Collection[int]) -> int:
-        """The lowest id that no running pocket has: its id maps are at hand, and it owns no file once its pocket has ended."""
+        """The lowest id that no running pocket has: its id maps are at hand, and no file is its own any more."""
         for uid in range(FIRST + _NAMED, FIRST + COUNT):
             if uid not in used:
                 return uid

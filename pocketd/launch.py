@@ -73,7 +73,9 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         except BaseException:
             await service.drop_session(session)
             raise
-        events.emit("session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode)
+        events.emit(
+            "session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode
+        )
         return _reply(service, session)
 
 
@@ -100,7 +102,9 @@ def make_plan(
     used = {s.note.get("uid", 0) for running in daemon.services.values() for s in running.sessions.values()}
     if definition is None:
         if "defaults.run" in daemon.config.invalid:
-            raise Error("invalid", "[defaults.run] of the configuration is wrong; ad hoc runs would go without its limits")
+            raise Error(
+                "invalid", "[defaults.run] of the configuration is wrong; ad hoc runs would go without its limits"
+            )
         uid = peer.uid or daemon.identities.ad_hoc(used)
         gid = peer.gid if peer.uid else uid
         limits = daemon.config.run_limits
@@ -111,7 +115,9 @@ def make_plan(
     else:
         uid = gid = daemon.identities.named(definition.name)
     models = frozenset(definition.allow.models) & offered
-    return Plan(definition.name, definition, uid, gid, definition.allow.network, models, definition.limits, _home(peer.uid))
+    return Plan(
+        definition.name, definition, uid, gid, definition.allow.network, models, definition.limits, _home(peer.uid)
+    )
 
 
 def _home(uid: int) -> str:
@@ -144,26 +150,27 @@ def _files(
         directory = str(request.get("path")) if foreign else os.readlink(f"/proc/self/fd/{given['dir']}")
         _refuse(directory)
         add(given["dir"], directory, True, peer.pidfd if foreign else None, "/pocket")
-        for fd, mount in zip(given["mount"], wire.field(request, "mounts", list, [])):
+        for fd, mount in zip(given["mount"], wire.field(request, "mounts", list, []), strict=False):
             target = os.fsdecode(wire.field(mount, "target", bytes))
             writable = wire.field(mount, "writable", bool, False)
+            source = target if foreign else os.readlink(f"/proc/self/fd/{fd}")
             try:
-                paths.parse_mount(f"{target}{':rw' if writable else ''}")
+                paths.parse_mount(f"{source}:{target}{':rw' if writable else ''}")
             except ValueError as e:
-                raise Error("mount", f"--mount {target!r} {e}") from None
+                raise Error("mount", f"--mount {source}:{target} {e}") from None
             add(fd, target, writable, peer.pidfd if foreign else None)
         return found
     fd = os.open(definition.dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     stack.callback(os.close, fd)
     add(fd, str(definition.dir), False, None, "/pocket")
     for name in definition.allow.write:
-        target = permissions.writable(fd, name)
-        stack.callback(os.close, target)
-        add(target, f"{definition.dir}/{name}", True, None, f"/pocket/{name}")
+        path = permissions.writable(fd, name)
+        stack.callback(os.close, path)
+        add(path, f"{definition.dir}/{name}", True, None, f"/pocket/{name}")
     for m in definition.mounts:
-        source = os.open(m.source, os.O_PATH | os.O_CLOEXEC)
-        stack.callback(os.close, source)
-        add(source, str(m.target), m.writable)
+        shown = os.open(m.source, os.O_PATH | os.O_CLOEXEC)
+        stack.callback(os.close, shown)
+        add(shown, str(m.target), m.writable)
     return found
 
 
@@ -226,7 +233,13 @@ async def _introduce(
     }
     if not service.init:
         raise Error("service", f"service {service.name} has ended")
-    fields = {"session": session.id, "template": template, "mode": mode, "worker": worker, "note": session.note}
+    fields: dict[str, Any] = {
+        "session": session.id,
+        "template": template,
+        "mode": mode,
+        "worker": worker,
+        "note": session.note,
+    }
     message, received = await service.init.call("launch", passed, **fields)
     with received:
         if len(received):

@@ -19,7 +19,7 @@ SEND_TIMEOUT = 5.0  # seconds
 
 
 class Link:
-    """One connection. `handle(message, fds)` gets what is no reply; it owns the descriptors. `closed(reason)` is last."""
+    """One connection. `handle(message, fds)` gets what is no reply and owns the descriptors; `closed(reason)` is last"""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Link:
                 raise ConnectionError(str(e)) from None
             writable: asyncio.Future[None] = loop.create_future()
             sock = self.sock
-            loop.add_writer(sock, lambda: writable.done() or writable.set_result(None))
+            loop.add_writer(sock, lambda: None if writable.done() else writable.set_result(None))
             try:
                 async with asyncio.timeout(SEND_TIMEOUT):
                     await writable
@@ -95,7 +95,7 @@ class Link:
         timeout: float | None = 30.0,
         **fields: Any,
     ) -> tuple[Message, Fds]:
-        """Make a request and await its reply; the caller owns the reply's descriptors. Raises Error, ConnectionError."""
+        """Make a request, await its reply; the caller owns the reply's descriptors. Raises Error, ConnectionError."""
         number = next(self._ids)
         future: asyncio.Future[tuple[Message, Fds]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = (future, progress)

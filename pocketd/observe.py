@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def ps(daemon: Daemon, peer: processes.Peer) -> Message:
     """Services, templates, pockets and workers; memory in bytes, age and cpu in seconds. Others' only for root."""
     now = time.time()
-    services, templates, workers, pockets = [], [], [], {}
+    services, templates, workers = [], [], []
+    pockets: dict[str, dict[str, Any]] = {}
     for service in daemon.services.values():
         d = service.definition
         services.append(
@@ -47,8 +48,8 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
             workers.append(row)
             pockets[s.pocket] = _pocket(service, s)
     for name, definition in daemon.config.pockets.items():
-        state = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
-        pockets.setdefault(name, state)
+        idle = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
+        pockets.setdefault(name, idle)
     for name, problems in daemon.config.invalid.items() if peer.uid == 0 else ():
         why = "; ".join(p.message for p in problems)
         pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})
@@ -91,7 +92,7 @@ def usage(leaf: Cgroup | None) -> dict[str, Any]:
 
 
 def logs(daemon: Daemon, peer: processes.Peer, name: str, lines: int) -> list[str]:
-    """The last lines of a service's log, or those of one pocket in any. Pockets' owners see their own pocket's alone."""
+    """The last lines of a service's log, or those of one pocket in any. Owners see their own pocket's alone."""
     if name in daemon.services:
         if peer.uid != 0:
             raise Error("forbidden", "only root may read a service's log")

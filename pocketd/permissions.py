@@ -11,6 +11,7 @@ from nsutil.beneath import open_beneath
 from pocketd.definitions import Pocket
 from pocketd.wire import Error
 
+
 def check_may_run(pocket: Pocket, peer: processes.Peer) -> None:
     """Raise Error unless the caller is root or named by may_run, as itself or by a group."""
     if peer.uid == 0:

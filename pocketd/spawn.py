@@ -42,7 +42,7 @@ def spawn(
 
 
 async def ended(child: clone.Child, timeout: float) -> int:
-    """Await the end of `child` and reap it; returns its wait status. Closes the pidfd. Killed after `timeout` seconds."""
+    """Await the end of `child` and reap it: its wait status. Closes the pidfd. Killed after `timeout` seconds."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
     loop.add_reader(child.pidfd, done.set)

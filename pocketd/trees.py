@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Any
+from typing import NoReturn
 
 from nsutil import clone, messages, mounts, namespaces
 from pocketd import wire
@@ -46,7 +46,7 @@ def make(fd: int, pidfd: int | None, *, writable: bool, uid: int | None, identit
 
 
 def _from_namespace(fd: int, pidfd: int) -> int:
-    """The same in the mount namespace of another process: open_tree wants to be there, and pocketd stays where it is."""
+    """The same in another process's mount namespace: open_tree wants to be there, and pocketd stays where it is."""
     ours, theirs = messages.pair()
     with ours, theirs:
         child = clone.fork()
@@ -67,7 +67,7 @@ def _from_namespace(fd: int, pidfd: int) -> int:
             return fds.take()
 
 
-def _help(theirs: socket.socket, fd: int, pidfd: int) -> Any:
+def _help(theirs: socket.socket, fd: int, pidfd: int) -> NoReturn:
     try:
         namespaces.setns(pidfd, namespaces.CLONE_NEWNS)
         wire.send(theirs, {"ok": True}, [mounts.open_tree("", at=fd)])

@@ -187,7 +187,8 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
 
 def execute(program: bytes, arguments: List[bytes]) -> NoReturn:
     """Execute a program as a shell would find it. 127: not found; 126: not runnable."""
-    path = os.fsencode(shutil.which(program, path=os.environb.get(b"PATH", b"/usr/bin:/bin")) or program)
+    name = os.fsdecode(program)
+    path = shutil.which(name, path=os.environ.get("PATH", "/usr/bin:/bin")) or name
     try:
         os.execv(path, [program, *arguments])
     except OSError as e:

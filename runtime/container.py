@@ -94,7 +94,7 @@ def show_directory(directory: str, root: str) -> None:
 
 
 def bind_entry(source: str, target: str) -> None:
-    """One entry, read-only and nosuid, mounts beneath it included; a symbolic link is copied; what is missing is left out."""
+    """One entry, read-only and nosuid, with mounts beneath it. A link is copied; what is missing is left out."""
     try:
         status = os.lstat(source)
     except FileNotFoundError:

@@ -49,7 +49,13 @@ class Session:
     output: Optional[int] = None  # our end of the worker's standard output, in client mode
 
     def summary(self) -> Message:
-        return {"session": self.id, "note": self.note, "template": self.template, "started": self.started, "pid": self.pid}
+        return {
+            "session": self.id,
+            "note": self.note,
+            "template": self.template,
+            "started": self.started,
+            "pid": self.pid,
+        }
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Init:
         self.listener = listener
         self.log = log.Log(log_fd)
         self.epoll = select.epoll()
-        self.handlers: Dict[int, Callable[[], None]] = {}
+        self.handlers: Dict[int, Callable[[], object]] = {}
         self.daemon: Optional[socket.socket] = None
         self.sessions: Dict[str, Session] = {}
         self.templates: Dict[int, Template] = {}
@@ -84,7 +90,7 @@ class Init:
 
     # -- the loop
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def watch(self, fd: int, handler: Callable[[], object]) -> None:
         self.epoll.register(fd, select.EPOLLIN)
         self.handlers[fd] = handler
 
@@ -479,7 +485,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def oom_kills(leaf: int) -> int:
-    """How many processes of this cgroup the kernel killed for its memory limit (memory.events); 0 without the controller."""
+    """How many processes of this cgroup died of its memory limit (memory.events); 0 without the controller."""
     try:
         fd = os.open("memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
     except OSError:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError

@@ -143,4 +143,3 @@ def take_stdio(start: Message, fds: List[int], output: Any) -> None:
         os.close(fd)
     for n in {0, 1, 2} - set(present):
         os.close(n)
-

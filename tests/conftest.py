@@ -62,10 +62,10 @@ class Pocketd:
             self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             pidfd = os.pidfd_open(self.process.pid)
             try:
-                ready, _, _ = select.select([notify, pidfd], [], [], TIMEOUT)
+                ready, _, _ = select.select([notify.fileno(), pidfd], [], [], TIMEOUT)
             finally:
                 os.close(pidfd)
-            if notify not in ready:
+            if notify.fileno() not in ready:
                 raise AssertionError(f"pocketd did not start:\n{self.log.read_text()}")
 
     def flags(self) -> list[str]:

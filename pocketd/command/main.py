@@ -1,4 +1,4 @@
-"""`pocket`: its verbs. What is not a verb is a service or a pocket: `pocket tensorflow on`, `pocket detect photo.jpg`."""
+"""`pocket`: its verbs. Any other word is a service or a pocket: `pocket tensorflow on`, `pocket detect photo.jpg`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def main() -> None:
     directory = None
     while words and words[0].startswith("--runtime-dir"):
         word = words.pop(0)
-        directory = word.partition("=")[2] if "=" in word else words.pop(0) if words else usage("--runtime-dir needs a value")
+        directory = (
+            word.partition("=")[2] if "=" in word else words.pop(0) if words else usage("--runtime-dir needs a value")
+        )
     if directory:
         os.environ["POCKETD_RUNTIME_DIR"] = directory
     if not words or words[0] in ("-h", "--help", "help"):

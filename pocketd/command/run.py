@@ -177,7 +177,8 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
         cold=r.cold,
         stdio=stdio,
     )
-    shared, targets = [], []
+    shared: list[int] = []
+    targets: list[dict[str, Any]] = []
     try:
         for text in r.mounts:
             source, target, writable = mount(text)

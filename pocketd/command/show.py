@@ -24,12 +24,24 @@ def table(reply: dict[str, Any]) -> str:
         ),
         columns(
             ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED"),
-            [(p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged"))) for p in reply["pockets"]],
+            [
+                (p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged")))
+                for p in reply["pockets"]
+            ],
         ),
         columns(
             ("WORKER", "POCKET", "SERVICE", "MODE", "STATE", "PID", "AGE", *_MEMORY),
             [
-                (w["session"][:12], w["pocket"], w["service"], w["mode"], w["state"], w["pid"], age(w["age"]), *memory(w))
+                (
+                    w["session"][:12],
+                    w["pocket"],
+                    w["service"],
+                    w["mode"],
+                    w["state"],
+                    w["pid"],
+                    age(w["age"]),
+                    *memory(w),
+                )
                 for w in reply["workers"]
             ],
         ),
@@ -64,4 +76,4 @@ def columns(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
         return ""
     lines = [heading, *(tuple(str(cell) for cell in row) for row in rows)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(heading))]
-    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() + "\n" for line in lines)
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
