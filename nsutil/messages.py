@@ -10,6 +10,7 @@ Sources: unix(7), cmsg(3), memfd_create(2).
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import os
 import socket
@@ -157,3 +158,13 @@ def _descriptors(level: int, kind: int, block: bytes) -> tuple[int, ...]:
 def no_cloexec(fd: int) -> None:
     """Let `fd` pass through execve(2)."""
     fcntl.fcntl(fd, fcntl.F_SETFD, 0)
+
+
+@contextlib.contextmanager
+def short_name(path: str) -> Iterator[str]:
+    """A name for `path` that a socket's address can hold however long `path` is (unix(7): 107 bytes)."""
+    fd = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{os.path.basename(path)}"
+    finally:
+        os.close(fd)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
-from nsutil.messages import Fds
+from nsutil.messages import Fds, short_name
 from pocketd import events, launch, observe, wire
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -156,7 +156,8 @@ class Control:
         self.connections: set[Any] = set()
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         temporary = f"{path}.{os.getpid()}"
-        self.sock.bind(temporary)
+        with short_name(temporary) as name:
+            self.sock.bind(name)
         os.chmod(temporary, 0o660 if group is not None else 0o600)
         if group is not None:
             os.chown(temporary, 0, group)

@@ -190,6 +190,7 @@ async def serve(options: argparse.Namespace, settings: Config, hierarchy: Hierar
     for path, mode in ((options.runtime_dir, 0o755), (options.state_dir, 0o700)):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
+    check_length(options.runtime_dir)
     lock = take_lock(options.runtime_dir)
     daemon = Daemon(settings, hierarchy, base, options.runtime_dir.resolve(), options.state_dir.resolve())
     await daemon.take_over()
@@ -229,6 +230,13 @@ async def boot(daemon: Daemon) -> None:
                 await service.on(lambda text: None)
             except (Error, ConnectionError):
                 pass  # it said so itself
+
+
+def check_length(runtime_dir: Path) -> None:
+    """A unix socket's name has at most 107 bytes (unix(7)), and clients connect by this one."""
+    longest = 107 - len("/pocketd.sock")
+    if len(os.fsencode(runtime_dir.resolve())) > longest:
+        raise Error("config", f"--runtime-dir {runtime_dir} is too long for a socket's name; at most {longest} bytes")
 
 
 def take_lock(runtime_dir: Path) -> int:

@@ -156,7 +156,8 @@ class RunningService:
         try:
             path = self.place / "init.sock"
             path.unlink(missing_ok=True)
-            listener.bind(str(path))
+            with messages.short_name(str(path)) as name:
+                listener.bind(name)
             path.chmod(0o600)
             listener.listen(16)
             command = [sys.executable, "-s", "-m", "runtime.container"]
@@ -215,7 +216,8 @@ class RunningService:
         """Connect to init, and believe it only as far as the kernel says that it is ours."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            sock.connect(str(self.place / "init.sock"))
+            with messages.short_name(str(self.place / "init.sock")) as name:
+                sock.connect(name)
             self.init = Link(sock, self._event, self._lost)
         except BaseException:
             sock.close()

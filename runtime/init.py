@@ -18,60 +18,18 @@ import signal
 import socket
 import struct
 import time
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
-from nsutil import clone, messages, namespaces, privileges
+from nsutil import clone, messages, namespaces
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import log, template
+from runtime import log
+from runtime.children import Session, Template, catches, oom_kills, start_template
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before the launch is given up
-
-
-@dataclass
-class Session:
-    id: str
-    note: Message  # pocketd's own words about it, given back by `hello` after a restart
-    template: int
-    pause: clone.Child
-    hold: Optional[socket.socket]
-    leaf: int  # cgroup directory, for memory.events
-    request: Any  # pocketd's id of the launch, until it is answered
-    deadline: float
-    started: float = 0.0
-    pid: int = 0
-    pidfd: int = -1
-    status: Optional[int] = None
-    output: Optional[int] = None  # our end of the worker's standard output, in client mode
-
-    def summary(self) -> Message:
-        return {
-            "session": self.id,
-            "note": self.note,
-            "template": self.template,
-            "started": self.started,
-            "pid": self.pid,
-        }
-
-
-@dataclass
-class Template:
-    number: int
-    kind: str
-    note: Message
-    talk: socket.socket
-    stderr: int
-    request: Any
-    pid: int = 0
-    ready: Optional[Message] = None
-    tail: List[bytes] = field(default_factory=list)  # its last lines, for the error when it does not get ready
-
-    def summary(self) -> Message:
-        return {"template": self.number, "kind": self.kind, "note": self.note, "pid": self.pid, "ready": self.ready}
 
 
 class Init:
@@ -470,56 +428,6 @@ class Init:
 
 def _credentials(sock: socket.socket) -> Any:
     return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-
-
-def catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler for a signal (proc_pid_status(5), SigCgt)."""
-    try:
-        with open(f"/proc/{pid}/status") as f:
-            for line in f:
-                if line.startswith("SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    except OSError:
-        pass
-    return False
-
-
-def oom_kills(leaf: int) -> int:
-    """How many processes of this cgroup died of its memory limit (memory.events); 0 without the controller."""
-    try:
-        fd = os.open("memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
-    except OSError:
-        return 0
-    with os.fdopen(fd) as f:
-        return sum(int(line.split()[1]) for line in f if line.startswith("oom_kill "))
-
-
-def start_template(
-    command: Optional[List[str]], environment: Dict[str, str], talk: socket.socket, err: int, leaf: int
-) -> int:
-    """A root template, born in its own leaf: `command` with `talk` as descriptor 3, or, without one, this process's
-    own code (a launcher for root file systems that have no Python). Returns its pid."""
-    child = clone.fork(cgroup=leaf)
-    if child is not None:
-        os.close(child.pidfd)
-        return child.pid
-    try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.dup2(err, 1)
-        os.dup2(err, 2)
-        fd = os.dup(talk.fileno())  # out of the way of 3
-        os.dup2(fd, 3)
-        os.closerange(4, 1 << 20)
-        os.chdir("/")
-        privileges.set_name("pocket-template")
-        if command:
-            os.set_inheritable(3, True)
-            os.execve(command[0], command, environment)
-        template.main(socket.socket(fileno=3))
-    except BaseException as e:
-        os.write(2, f"{command[0] if command else 'launcher'}: {type(e).__name__}: {e}\n".encode())
-    os._exit(127)
 
 
 def main(listener: socket.socket, log_fd: int) -> None:
