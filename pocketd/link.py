@@ -19,7 +19,7 @@ SEND_TIMEOUT = 5.0  # seconds
 
 
 class Link:
-    """One connection. `handle(message, fds)` gets what is no reply and owns the descriptors; `closed(reason)` is last"""
+    """`handle(message, fds)` gets what is no reply and owns the descriptors; `closed(reason)` comes last"""
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
 from nsutil import messages, processes
 from nsutil.messages import Fds
-from pocketd import environment, events, spawn, wire
+from pocketd import containers, events, spawn
 from pocketd.definitions import ModelFactory, ModelFile, Service
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -33,11 +32,6 @@ START_TIMEOUT = 600.0  # seconds for a template to load: a cold page cache and a
 BACKOFF = (1.0, 5.0, 30.0, 120.0)  # seconds before a template that died is made again
 
 Progress = Callable[[str], None]
-# What one service shares with the daemon: where it lives.
-_BOOT = (
-    "import sys; sys.path.insert(0, '/run/pocketd/lib'); import socket; from runtime import template; "
-    "template.main(socket.socket(fileno=3))"
-)
 
 
 @dataclass
@@ -121,8 +115,9 @@ class RunningService:
         progress(f"{self.name}: making the container")
         await self._sweep()
         self.scope = self.base.create(self.scope_name)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.scope.create("init") as leaf:
-            await self._make_container(leaf)
+            self.command = await containers.make(self.definition, self.scope, leaf, self.place, self.log_path)
         self.scope.enable(CONTROLLERS)
         for part in ("templates", "pockets"):
             with self.scope.create(part) as child:
@@ -133,84 +128,8 @@ class RunningService:
         if self.definition.models:
             await self.template(frozenset(self.definition.models), progress)
 
-    async def _make_container(self, leaf: Cgroup) -> None:
-        """Run runtime.container in the scope; it leaves PID 1 in `leaf` and ends."""
-        d = self.definition
-        shown: list[str] = []
-        if d.runtime == "exec":
-            self.command = None
-        elif d.rootfs is None:
-            executable, shown = await environment.python_paths(d.python)
-            self.command = [executable, "-c", _BOOT]
-        else:
-            self.command = [str(d.python or _python_in(d.rootfs)), "-c", _BOOT]
-        shown += [str(m.path) for m in d.models.values() if isinstance(m, ModelFile)]
-        root = self.place / "root"
-        root.mkdir(parents=True, exist_ok=True)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        ours, theirs = messages.pair()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        log = os.open(self.log_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        os.lseek(log, 0, os.SEEK_END)
-        assert self.scope
-        try:
-            path = self.place / "init.sock"
-            path.unlink(missing_ok=True)
-            with messages.short_name(str(path)) as name:
-                listener.bind(name)
-            path.chmod(0o600)
-            listener.listen(16)
-            command = [sys.executable, "-s", "-m", "runtime.container"]
-            bare = {**spawn.BARE, "PYTHONPATH": environment.CODE}
-            child = spawn.spawn(command, bare, stdin=theirs.fileno(), stderr=log, cgroup=self.scope.fd)
-            theirs.close()
-            wire.send(
-                ours,
-                {
-                    "name": self.name,
-                    "rootfs": str(d.rootfs) if d.rootfs else "host",
-                    "shown": shown,
-                    "library": environment.library(),
-                    "place": str(root),
-                },
-                [listener.fileno(), log, leaf.fd],
-            )
-            message = await self._reply(ours)
-            status = await spawn.ended(child, 60.0)
-            if message is None:
-                code = os.waitstatus_to_exitcode(status)
-                raise Error("service", f"its container ended with {code}: {self.log_tail()}")
-            if "error" in message:
-                raise Error.unwire(message["error"])
-        finally:
-            for closing in (ours, theirs, listener):
-                closing.close()
-            os.close(log)
-
-    async def _reply(self, ours: socket.socket) -> Message | None:
-        """What the container says, or None when it ended without a word."""
-        readable = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(ours, readable.set)
-        try:
-            async with asyncio.timeout(60.0):
-                await readable.wait()
-            message, fds = wire.receive(ours)
-            fds.close()
-            return message
-        except (OSError, EOFError, messages.MessageError):
-            return None
-        finally:
-            loop.remove_reader(ours)
-
     def log_tail(self, lines: int = 20) -> str:
-        try:
-            with open(self.log_path, "rb") as f:
-                f.seek(max(0, os.fstat(f.fileno()).st_size - 16384))
-                text = f.read().decode(errors="replace")
-        except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
+        return containers.tail(self.log_path, lines)
 
     async def _connect(self) -> None:
         """Connect to init, and believe it only as far as the kernel says that it is ours."""
@@ -519,13 +438,6 @@ class RunningService:
 
 def _source(model: ModelFile | ModelFactory) -> str:
     return str(model.path) if isinstance(model, ModelFile) else f"{model.module}:{model.attribute}"
-
-
-def _python_in(rootfs: Path) -> str:
-    for path in ("/usr/local/bin/python3", "/usr/bin/python3"):
-        if os.path.lexists(f"{rootfs}{path}"):
-            return path
-    raise Error("config", f"rootfs {rootfs} has no python3 in /usr/local/bin or /usr/bin; name one by `python`")
 
 
 def _host_pid(leaf: Cgroup, pid_in_service: int) -> int:
