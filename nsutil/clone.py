@@ -244,14 +244,15 @@ def revive(timeout: float = 5.0) -> int:
     if count < 0:
         raise _explain(failure, "revive", timeout, 1)
     # Threads have new ids; Python keeps them (threading.Thread.native_id).
-    before, after = ((ctypes.c_int32 * count)() for _ in range(2))
-    _library.livefork_revived(before, after, count)
-    new = dict(zip(before, after))
-    for thread in threading.enumerate():
-        if thread is threading.main_thread():
-            thread._native_id = threading.get_native_id()  # type: ignore[attr-defined]
-        elif thread.native_id in new:
-            thread._native_id = new[thread.native_id]  # type: ignore[attr-defined]
+    main = threading.main_thread()
+    main._native_id = threading.get_native_id()  # type: ignore[attr-defined]
+    others = [thread for thread in threading.enumerate() if thread is not main]
+    if others:
+        before, after = ((ctypes.c_int32 * count)() for _ in range(2))
+        _library.livefork_revived(before, after, count)
+        new = dict(zip(before, after))
+        for thread in others:
+            thread._native_id = new.get(thread.native_id, thread.native_id)  # type: ignore[attr-defined]
     return count
 
 

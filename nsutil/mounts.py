@@ -129,6 +129,19 @@ def make_room(target: str, made: list[str]) -> None:
     made.append(above)
 
 
+def writable_root(made: list[str]) -> None:
+    """A root of this mount namespace's own that shows all that stood in the old one, for a new directory at the top."""
+    place = "/tmp"
+    tmpfs(place, size=1 << 20)
+    for name in os.listdir("/"):
+        if f"/{name}" == place:
+            os.mkdir(f"{place}/{name}", 0o1777)
+        else:
+            show(f"/{name}", f"{place}/{name}")
+    pivot(place)
+    made.append("/")
+
+
 def cover(directory: str, *, size: int, mode: int = 0o755) -> None:
     """A tmpfs over `directory`, with everything that stands there shown in it as it is."""
     old = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

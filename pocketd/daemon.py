@@ -50,7 +50,7 @@ class Daemon:
         if name in self.services:
             return self.services[name]
         if name in self.config.invalid:
-            why = "; ".join(f"{p.key}: {p.message}" for p in self.config.invalid[name])
+            why = config.describe(self.config.invalid[name])
             raise Error("invalid", f"{name} has a wrong definition: {why}")
         if name in self.config.pockets:
             raise Error("not-a-service", f"{name} is a pocket; services are {self._names()}")

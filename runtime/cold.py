@@ -177,6 +177,8 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in start.get("ignored", ()) else signal.SIG_DFL)
         execute(program, arguments)
+    if "packages" in start:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (start["packages"], os.environ.get("PYTHONPATH"))))
     flags = {"module": [b"-m"], "code": [b"-c"]}.get(kind, [])
     if flags or not program.startswith(b"-"):
         command = [os.fsencode(sys.executable), *flags, program, *arguments]

@@ -19,7 +19,7 @@ import warnings
 from typing import Any, Dict
 
 from pocketd import wire
-from pocketd.wire import Message
+from pocketd.wire import Error, Message
 from runtime import frames, interpreter
 
 _HERE = os.path.dirname(__file__)
@@ -33,6 +33,8 @@ def run(start: Message) -> int:
     flag = {"module": ["-m", name], "code": ["-c", name]}.get(kind, [name])
     sys.orig_argv[:] = [sys.executable, *flag, *arguments]
     apply_environment()
+    if "packages" in start:
+        put_packages_first(wire.field(start, "packages", str))
     runner = {"file": run_file, "module": run_module, "code": run_code}[kind]
     try:
         return runner(name)
@@ -58,6 +60,26 @@ def apply_environment() -> None:
         import faulthandler
 
         faulthandler.enable()
+
+
+def put_packages_first(directory: str) -> None:
+    """The pocket's own packages come before the service's. Raises Error for one that the service has imported already:
+    the interpreter holds one version, and a silent second one helps nobody.
+    """
+    for entry in sorted(os.listdir(directory)):
+        name = entry.partition(".")[0]
+        module = sys.modules.get(name)
+        if module is None or entry.endswith((".dist-info", ".egg-info")) or not getattr(module, "__file__", None):
+            continue
+        here = [m.partition("-")[2].partition(".dist")[0] for m in os.listdir(directory) if m.startswith(f"{name}-")]
+        have = str(getattr(module, "__version__", "another"))
+        if here != [have]:
+            raise Error(
+                "packages",
+                f"{directory} holds {name} {' '.join(here)}, and the service has imported {name} {have} from "
+                f"{module.__file__}: remove it from the pocket's packages, or choose a service without it",
+            )
+    sys.path.insert(0, directory)
 
 
 def fail(e: BaseException) -> int:

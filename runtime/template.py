@@ -20,7 +20,7 @@ from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, interpreter, models, runtimes, worker
+from runtime import cold, interpreter, models, randomness, runtimes, worker
 
 # A private network namespace unless the pocket may use the host's.
 _FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
@@ -78,6 +78,7 @@ def warm(template: Template) -> None:
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
         cold.expression(template.runtime)
+        randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
         gc.collect()
         memory.trim()  # what loading needed is not to be carried by every worker
         gc.freeze()

@@ -77,19 +77,21 @@ def settle(message: Message, trees: List[int]) -> None:
     if message["network"] == "none":
         namespaces.loopback_up()
     m = mounts
+    made: List[str] = []
+    home, places = message["home"], message["mounts"]
+    if not all(os.path.lexists("/" + path.split("/")[1]) for path in (home or "/usr", *(p["target"] for p in places))):
+        m.writable_root(made)
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
-    made: List[str] = []
-    home = message["home"]
     if home and not os.path.isdir(home):
         m.make_room(home, made)
         os.makedirs(home)
     if home:
         m.cover(home, size=message["tmp"], mode=0o700)
         os.chown(home, message["uid"], message["gid"])
-    for tree, place in sorted(zip(trees, message["mounts"]), key=lambda pair: len(pair[1]["target"])):
+    for tree, place in sorted(zip(trees, places), key=lambda pair: len(pair[1]["target"])):
         attach(tree, place, made)
     m.seal(made)
 
