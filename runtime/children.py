@@ -55,16 +55,14 @@ class Template:
         return {"template": self.number, "kind": self.kind, "note": self.note, "pid": self.pid, "ready": self.ready}
 
 
-def catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler for a signal (proc_pid_status(5), SigCgt)."""
+def by_default(pid: int, number: int) -> bool:
+    """Whether the process neither handles nor ignores a signal (proc_pid_status(5), SigCgt and SigIgn)."""
     try:
         with open(f"/proc/{pid}/status") as f:
-            for line in f:
-                if line.startswith("SigCgt:"):
-                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+            masks = [int(line.split()[1], 16) for line in f if line.startswith(("SigCgt:", "SigIgn:"))]
     except OSError:
-        pass
-    return False
+        return False
+    return not any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def oom_kills(leaf: int) -> int:

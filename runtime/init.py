@@ -25,7 +25,7 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import log
-from runtime.children import Session, Template, catches, oom_kills, start_template
+from runtime.children import Session, Template, by_default, oom_kills, start_template
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
@@ -335,7 +335,7 @@ class Init:
 
     def signal(self, s: Session, number: int, group: bool) -> None:
         """Pass a signal on: to the worker, or, when a terminal sent it, to its whole process group."""
-        if number in _STOPS and not catches(s.pid, number):
+        if number in _STOPS and by_default(s.pid, number):
             number = signal.SIGSTOP  # a session without a terminal ignores the others by default (orphaned group)
         try:
             if group:
@@ -379,12 +379,15 @@ class Init:
         by_pid = {s.pid: s for s in self.sessions.values() if s.pid and s.status is None}
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | WALL)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | WALL)
             except ChildProcessError:
                 break
             if not pid:
                 break
-            if pid in by_pid:
+            if os.WIFSTOPPED(status):
+                if pid in by_pid:  # its caller stops too, so that a shell sees it
+                    self.say(by_pid[pid], {"op": "stopped"})
+            elif pid in by_pid:
                 self.died(by_pid[pid], status)
             elif pid in self.pauses:
                 self.over(self.pauses.pop(pid))
