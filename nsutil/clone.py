@@ -213,20 +213,20 @@ def live_fork(
         raise CloneError(errno.EEXIST, f"live fork: pid {set_tid[0]} is a thread's id here; take free_pid()", "set_tid")
     request, failure = _request(flags, cgroup, pid_namespace, set_tid, parent), _Failure()
     request.quiet, request.revive_at_once = int(quiet), int(not quiet)
-    start, tries = time.monotonic(), 0
+    end, tries = time.monotonic() + timeout, 0
     try:
         while True:
             tries += 1
             _mind_the_lock(request)
-            left = start + timeout - time.monotonic()
-            request.timeout_ns = int(max(0.0, min(left, _TRY)) * 1e9)
+            # The last try is never a short one, which would name a thread that is only slow.
+            request.timeout_ns = int(max(_TRY / 2, min(end - time.monotonic(), _TRY)) * 1e9)
             pid = _library.livefork_fork(ctypes.byref(request), ctypes.byref(failure))
             if pid == 0:
                 return None
             if pid > 0:
                 return Child(pid, request.pidfd)
             again = (failure.stage, failure.error) in ((b"park", errno.ETIMEDOUT), (b"quiet", errno.EAGAIN))
-            if not again or left < _TRY / 2:
+            if not again or time.monotonic() > end - _TRY / 2:
                 raise _explain(failure, "live fork", timeout, tries)
             time.sleep(0.001)  # let the others get on; there is nothing to poll
     finally:  # in the child too

@@ -350,7 +350,7 @@ static int choose_signal(struct livefork_failure *f) {
 
 static int reserve(uint32_t threads, struct livefork_failure *f) {
     if (threads <= atomic_load(&capacity)) return 0;
-    uint32_t wanted = threads + threads / 2 + 64;
+    uint32_t wanted = threads * 2 + 62;
     long at = raw(SYS_mmap, 0, (long)(wanted * sizeof(struct parked)), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at < 0 && at > -4096) return fail(f, "mmap", at);
     atomic_store(&table, (struct parked *)at);
@@ -366,28 +366,25 @@ struct directory_entry {
     char name[];
 };
 
-/* Call `visit` with the tid of every other thread; the number of threads visited, or a negative errno. */
+/* Call `visit` with the tid of every other thread, while it returns 0. 0, or a negative errno. */
 static long each_thread(long (*visit)(int tid)) {
     static char entries[16384] __attribute__((aligned(8)));
-    long me = raw(SYS_gettid, 0, 0, 0, 0, 0, 0), found = 0, n;
+    long me = raw(SYS_gettid, 0, 0, 0, 0, 0, 0), n;
     long fd = raw(SYS_openat, AT_FDCWD, (long)"/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
     if (fd < 0) return fd;
-    while ((n = raw(SYS_getdents64, fd, (long)entries, sizeof entries, 0, 0, 0)) > 0)
-        for (long at = 0; at < n;) {
+    while ((n = raw(SYS_getdents64, fd, (long)entries, sizeof entries, 0, 0, 0)) > 0) {
+        long r = 0;
+        for (long at = 0; at < n && r == 0;) {
             const struct directory_entry *e = (const void *)(entries + at);
             at += e->length;
             int tid = 0;
             for (const char *c = e->name; *c >= '0' && *c <= '9'; c++) tid = tid * 10 + (*c - '0');
-            if (!tid || tid == me) continue;
-            found++;
-            long r = visit ? visit(tid) : 0;
-            if (r < 0) {
-                n = r;
-                break;
-            }
+            if (tid && tid != me) r = visit(tid);
         }
+        if ((n = r) < 0) break;
+    }
     raw(SYS_close, fd, 0, 0, 0, 0, 0);
-    return n < 0 ? n : found;
+    return n;
 }
 
 static uint32_t sent;       /* signals of this epoch whose threads are there, or are still to come */
@@ -441,11 +438,8 @@ static void release(void) {
 
 /* Park every other thread, or none. One that blocks the signal is named. */
 static int park(int64_t deadline, int quiet, struct livefork_failure *f) {
-    if (choose_signal(f)) return -1;
-    long r = each_thread(NULL);
-    for (;;) {
-        if (r < 0) return fail(f, "list threads", r);
-        if (reserve((uint32_t)r + 8, f)) return -1;
+    if (choose_signal(f) || reserve(1, f)) return -1;
+    for (long r;;) {
         used = sent = 0;
         atomic_store(&arrived, 0);
         atomic_fetch_add(&epoch, 1);
@@ -460,18 +454,18 @@ static int park(int64_t deadline, int quiet, struct livefork_failure *f) {
                 if (atomic_load(&arrived) == n) give_up_missing(1); /* threads may end before the signal reaches them */
             }
         } while (r >= 0 && found_new && !missing);
-        if (r == -ENOBUFS) { /* more threads than were counted */
+        if (r == -ENOBUFS) { /* more threads than the table has room for: let all go, make room, again */
             give_up_missing(0);
             for (uint32_t n; (n = atomic_load(&arrived)) < sent;) wait_on(&arrived, n, 2000000);
             release();
-            r = (long)atomic_load(&capacity) + 8;
+            if (reserve(atomic_load(&capacity) + 1, f)) return -1;
             continue;
         }
         if (missing || r < 0) {
             give_up_missing(0);
             for (uint32_t n; (n = atomic_load(&arrived)) < sent;) wait_on(&arrived, n, 2000000);
             release();
-            fail(f, r < 0 ? "rt_tgsigqueueinfo" : "park", r < 0 ? r : ETIMEDOUT);
+            fail(f, r < 0 ? (refused ? "rt_tgsigqueueinfo" : "list threads") : "park", r < 0 ? r : ETIMEDOUT);
             if (missing || refused) describe_thread(f, missing ? missing : refused);
             refused = 0;
             return -1;
