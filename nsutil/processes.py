@@ -5,10 +5,14 @@ Sources: pidfd_open(2), unix(7), proc(5).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
 from dataclasses import dataclass
+from typing import Sequence
+
+from nsutil.syscalls import libc
 
 # asm-generic/socket.h; 6.5 and later
 SO_PEERPIDFD = 77
@@ -104,3 +108,36 @@ def cpu_seconds(pid: int) -> float:
         raise Gone(f"process {pid} has ended") from None
     fields = text[text.rindex(b")") + 2 :].split()
     return sum(int(v) for v in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+# linux/prctl.h
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
+_title: list[object] = []  # the memory that the kernel reads /proc/self/cmdline from
+
+
+def set_command_line(words: Sequence[bytes]) -> bool:
+    """Make /proc/self/cmdline say `words`, and /proc/self/environ nothing. False where the kernel cannot.
+
+    prctl(2), PR_SET_MM_MAP: needs CONFIG_CHECKPOINT_RESTORE and, unlike the rest of PR_SET_MM, no privilege. The kernel
+    wants the whole map again: proc_pid_stat(5), fields 26 to 28 and 45 to 51.
+    """
+    text = b"\0".join(words) + b"\0"
+    buffer = ctypes.create_string_buffer(text, len(text) + 1)
+    start = ctypes.addressof(buffer)
+    with open("/proc/self/stat", "rb") as f:
+        stat = f.read()
+    fields = [b"", b"", b"", *stat[stat.rindex(b")") + 2 :].split()]  # fields[3] is the state
+    n = [int(v) for v in fields[4:]]
+    code, stack, data = n[22:24], n[24], n[41:43]
+    brk = n[43]
+    present = libc.sbrk(0)
+    auxiliary = 0
+    packed = struct.pack(
+        "12QIi", *code, *data, brk, present, stack, start, start + len(text), start + len(text), start + len(text),
+        auxiliary, 0, -1,
+    )  # fmt: skip
+    block = ctypes.create_string_buffer(packed, len(packed))
+    if libc.prctl(_PR_SET_MM, _PR_SET_MM_MAP, ctypes.addressof(block), len(packed), 0):
+        return False
+    _title[:] = [buffer]
+    return True

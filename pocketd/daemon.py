@@ -16,6 +16,8 @@ import socket
 import sys
 from pathlib import Path
 
+import prctl
+
 from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
 from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
@@ -171,6 +173,7 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0o022)
+    prctl.set_name("pocketd")
     try:
         asyncio.run(serve(options, settings, hierarchy, base))
     except Error as e:

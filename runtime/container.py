@@ -30,6 +30,8 @@ ETC = (
 SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Made fresh for every service; never the host's nor the root file system's own.
 OWN = ("dev", "proc", "sys", "run", "tmp", "pocket")
+# Where pockets' directories mostly are: a worker needs no root of its own to show them at their own paths.
+PLACES = ("home", "root", "srv", "opt", "mnt", "media", "var")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 LIBRARY = "/run/pocketd/lib"
 
@@ -64,9 +66,8 @@ def build_root(spec: Specification) -> None:
         show_directory(spec.rootfs, root)
     for name in OWN:
         os.makedirs(f"{root}/{name}", exist_ok=True)
-    for entry in os.scandir("/"):  # mount points for pockets' directories, which appear at their own paths
-        if entry.is_dir(follow_symlinks=False):
-            os.makedirs(f"{root}/{entry.name}", exist_ok=True)
+    for name in PLACES:
+        os.makedirs(f"{root}/{name}", exist_ok=True)
     mounts.tmpfs(f"{root}/tmp", size=64 << 20, mode=0o1777)
     for path in spec.shown:
         show_path(path, root)

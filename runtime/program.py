@@ -18,6 +18,7 @@ import types
 import warnings
 from typing import Any, Dict
 
+from nsutil import processes
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import frames, interpreter
@@ -32,6 +33,7 @@ def run(start: Message) -> int:
     sys.argv[:] = [{"module": "-m", "code": "-c"}.get(kind, name), *arguments]
     flag = {"module": ["-m", name], "code": ["-c", name]}.get(kind, [name])
     sys.orig_argv[:] = [sys.executable, *flag, *arguments]
+    processes.set_command_line([os.fsencode(word) for word in sys.orig_argv])
     apply_environment()
     if "packages" in start:
         put_packages_first(wire.field(start, "packages", str))

@@ -12,7 +12,7 @@ import signal
 import socket
 from typing import Any, List, NoReturn
 
-from nsutil import clone, mounts, namespaces, privileges
+from nsutil import clone, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -47,6 +47,7 @@ def run(template: Any, message: Message, session_fd: int, handed: List[int], cle
         randomness.renew()
         clean.restore()
         if start["mode"] == "client":
+            processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
             code = session.serve(sock, start, template.runtime, template.models, message["directory"])
         else:
             sock.close()

@@ -285,6 +285,8 @@ def hold(login: Login) -> NoReturn:
                 message = {"op": "exit", "error": wire.Error("service", "the service ended").wire()}
             if message.get("op") == "exit":
                 end(login, message)
+            if message.get("op") == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)  # the shell sees this process stop, and its SIGCONT is passed on
 
 
 def forward(hold_socket: socket.socket, received: signals.Received) -> None:
@@ -293,9 +295,7 @@ def forward(hold_socket: socket.socket, received: signals.Received) -> None:
     try:
         wire.send(hold_socket, {"op": "signal", "signal": received.number, "group": group})
     except OSError:
-        return  # the worker has ended; its status is what comes next
-    if received.number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
-        os.kill(os.getpid(), signal.SIGSTOP)  # the shell sees this process stop, and its SIGCONT is passed on
+        pass  # the worker has ended; its status is what comes next
 
 
 def end(login: Login, message: dict[str, Any]) -> NoReturn:
