@@ -9,25 +9,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Dict, List, Tuple
 
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
 
 
-class _State(ctypes.Structure):
-    """The first fields of this thread's state, by CPython's version (cpython/pystate.h)."""
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+# The first fields of a thread's state after `prev`, `next`, `interp`, by CPython's version (cpython/pystate.h).
+_LAYOUTS: Dict[Tuple[int, int], List[Any]] = {
+    (3, 9): [("frame", _POINTER)],
+    (3, 10): [("frame", _POINTER)],
+    (3, 11): [("status", _INT * 2), ("remaining", _INT), ("limit", _INT), ("others", _INT * 3), ("cframe", _POINTER)],
+    (3, 12): [("status", _INT), ("remaining", _INT), ("limit", _INT), ("others", _INT * 4), ("cframe", _POINTER)],
+    (3, 13): [("eval_breaker", _POINTER), ("status", _INT * 3), ("remaining", _INT), ("limit", _INT)]
+    + [("others", _INT * 4), ("frame", _POINTER)],
+}
 
-    _fields_ = [("prev", ctypes.c_void_p), ("next", ctypes.c_void_p), ("interp", ctypes.c_void_p)] + {
-        (3, 9): [("frame", ctypes.c_void_p)],
-        (3, 10): [("frame", ctypes.c_void_p)],
-        (3, 11): [("status", ctypes.c_int * 2), ("remaining", ctypes.c_int), ("limit", ctypes.c_int)]
-        + [("others", ctypes.c_int * 3), ("cframe", ctypes.c_void_p)],
-        (3, 12): [("status", ctypes.c_int), ("remaining", ctypes.c_int), ("limit", ctypes.c_int)]
-        + [("others", ctypes.c_int * 4), ("cframe", ctypes.c_void_p)],
-        (3, 13): [("eval_breaker", ctypes.c_void_p), ("status", ctypes.c_int * 3), ("remaining", ctypes.c_int)]
-        + [("limit", ctypes.c_int), ("others", ctypes.c_int * 4), ("frame", ctypes.c_void_p)],
-    }.get(sys.version_info[:2], [])
+
+class _State(ctypes.Structure):
+    _fields_ = [("prev", _POINTER), ("next", _POINTER), ("interp", _POINTER), *_LAYOUTS.get(sys.version_info[:2], [])]
 
 
 # What the builtins between `alone` and its function count as in 3.11, where C and Python share one depth.

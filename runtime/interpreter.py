@@ -181,7 +181,9 @@ def set_flag(name: str, value: bool) -> None:
     whose reference counts do not matter.
     """
     index = next(i for i in range(len(sys.flags)) if _FLAGS[i] == name)
-    slot = ctypes.py_object.from_address(id(sys.flags) + tuple.__basicsize__ + index * ctypes.sizeof(ctypes.c_void_p))
+    slot: Any = ctypes.py_object.from_address(
+        id(sys.flags) + tuple.__basicsize__ + index * ctypes.sizeof(ctypes.c_void_p)
+    )
     if slot.value is sys.flags[index]:
         slot.value = int(value)
 
@@ -278,7 +280,7 @@ def forget_program() -> None:
         sys.__dict__.pop(name, None)
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, f"__{name}__"))
-    for name in list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known))):  # type: ignore[call-overload]
+    for name in list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known))):
         del sys.modules[name]
     sys.modules.pop("__main__", None)
     frames.alone(gc.collect)

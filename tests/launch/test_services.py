@@ -17,9 +17,19 @@ OTHER = ROOT / ".cache/other-tensorflow/bin/python"  # made by deploy/prepare te
 ENV = toml_table(service_environment())
 
 
+VERSION = """
+import importlib.metadata as metadata
+for name in "tensorflow", "tensorflow-cpu":
+    try:
+        print(metadata.version(name))
+        break
+    except metadata.PackageNotFoundError:
+        pass
+"""
+
+
 def version(python: str | Path) -> str:
-    code = "import importlib.metadata as m, sys\nfor n in 'tensorflow', 'tensorflow-cpu':\n try: print(m.version(n)); break\n except m.PackageNotFoundError: pass"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_two_services_with_different_tensorflow_versions(own_pocketd, tmp_path):

@@ -78,8 +78,7 @@ def test_ten_pockets_hold_at_most_a_fifth_of_what_ten_monoliths_hold(own_pocketd
             session.close()
     assert min(cpu) > 0.01, f"each is charged its own computation: {cpu}"
     with capsys.disabled():
-        print(
-            f"\n{COUNT} monoliths {apart >> 20} MB, {COUNT} pockets with all templates {together >> 20} MB: {apart / together:.1f}x"
-        )
+        sums = f"{COUNT} monoliths {apart >> 20} MB, {COUNT} pockets and templates {together >> 20} MB"
+        print(f"\n{sums}: {apart / together:.1f}x")
     assert together * 5 <= apart
     assert wait_for(lambda: not daemon.leaves())
