@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterator, List, NoReturn, Optional, Pattern, Seque
 from nsutil import privileges
 from pocketd import wire
 from pocketd.wire import Message
+from runtime import interpreter
 
 # Read by the interpreter or the loader at their own start.
 INTERPRETER = (
@@ -169,7 +170,7 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
         os.write(2, f"pocket: {why}; running it cold\n".encode())
     arguments: List[Any] = wire.field(start, "arguments", list, [])
     program, kind = wire.field(start, "program", bytes), wire.field(start, "kind", str)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
     privileges.dumpable(True)
     if begin["runtime"] == "exec":
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program does not expect that

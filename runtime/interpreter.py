@@ -156,6 +156,12 @@ def dispositions(ignored: List[Any]) -> None:
                 pass  # no such signal, or one that glibc keeps for itself
 
 
+def blocked(start: Message) -> List[int]:
+    """The signals that the caller was started with as blocked."""
+    valid = signal.valid_signals()
+    return [n for n in wire.field(start, "blocked", list, []) if n in valid]
+
+
 def set_locale() -> None:
     """LC_CTYPE as Python sets it (PEP 538); UTF-8 mode (PEP 540) by a UTF-8 locale, as far as can be."""
     try:

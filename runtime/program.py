@@ -37,6 +37,7 @@ def run(start: Message) -> int:
     apply_environment()
     if "packages" in start:
         put_packages_first(wire.field(start, "packages", str))
+    signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
     runner = {"file": run_file, "module": run_module, "code": run_code}[kind]
     try:
         return runner(name)

@@ -173,6 +173,7 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
         directory=os.fsencode(os.getcwd()),
         umask=umask(),
         ignored=ignored(),
+        blocked=[int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
         limits={name: resource.getrlimit(getattr(resource, name))[0] for name in _RLIMITS},
         cold=r.cold,
         stdio=stdio,
