@@ -92,6 +92,11 @@ class OwnPocketd:
         self._on.append(service)
         self.command(service, "on", show=True)
 
+    @property
+    def pid(self) -> int:
+        assert self._daemon
+        return self._daemon.pid
+
     def ps(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self.command("ps", "--json").stdout)
         return answer
