@@ -1,0 +1,53 @@
+"""Measured values and what is said of them: median, p99, count, and the ratio of one series to another."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def p99(values: Sequence[float]) -> float:
+    """The value that at least 99 of 100 do not exceed; with fewer than 100 values, the largest."""
+    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median": statistics.median(values),
+        "p99": p99(values),
+        "min": min(values),
+        "count": len(values),
+        "values": [float(f"{value:.4g}") for value in values],
+    }
+
+
+class Measure:
+    """One thing measured several ways in one run: series of values by name, in one unit."""
+
+    def __init__(self, title: str, unit: str):
+        self.title = title
+        self.unit = unit
+        self.series: dict[str, list[float]] = {}
+        self.ratios: dict[str, float] = {}
+
+    def add(self, name: str, *values: float) -> None:
+        self.series.setdefault(name, []).extend(values)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.series[name])
+
+    def compare(self, name: str, others: Iterable[str]) -> None:
+        """Note the ratio of medians of `name` to each of `others`."""
+        for other in others:
+            if name in self.series and other in self.series:
+                self.ratios[f"{name} / {other}"] = self.median(name) / self.median(other)
+
+    def wire(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "series": {name: summary(values) for name, values in self.series.items()},
+            "ratios": self.ratios,
+        }

@@ -1,0 +1,230 @@
+"""The measures. Each goes round: every series gets its turn in each round, so that all meet the same machine."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import launch, models, own
+from bench.echo import echo
+from bench.figures import Measure
+from bench.floor import floor
+from bench.launch import ENVIRONMENT, PROGRAMS, Failed, Service
+from pocketd.client import login
+
+REST = 0.02  # seconds after each launch, in which what it left is cleared away
+BIG = (25_000_000 // 4,)  # float32
+
+
+def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> list[Measure]:
+    """Launch to the first line with TensorFlow imported, the whole command, and what a launch costs in cpu time."""
+    line = Measure("Launch to first line, TensorFlow imported", "s")
+    whole = Measure("A whole command, from its start to its exit", "s")
+    cpu = Measure("Processor time of a launch", "s")
+    with ExitStack() as stack:
+        control = stack.enter_context(service.control())
+        plain = stack.enter_context(floor(service.template()))
+        alive = stack.enter_context(floor(service.template()))
+        leaves = own.cgroup2() / f"{service.scope.parent.name}-floor"
+        leaves.mkdir()
+        stack.callback(leaves.rmdir)
+        environment = {**ENVIRONMENT, "POCKETD_RUNTIME_DIR": service.runtime_dir}
+        command = [str(pocket), "run", "--service", service.name, "first_line.py"]
+        for round in range(rounds + 1):
+            run = launch.monolith("first_line.py")
+            if round:
+                line.add("monolith", run.line)
+                whole.add("python", run.end)
+                cpu.add("monolith", run.cpu or 0.0)
+            for _ in range(3):
+                run = launch.as_process(command, environment=environment)
+                time.sleep(REST)
+                if round:
+                    whole.add("pocket run", run.end)
+            service.settle()
+            before = service.cpu()
+            for _ in range(launches):
+                forked, cloned = plain.fork(), alive.live_fork(leaves)
+                run = launch.in_worker(control, service.name, "first_line.py")
+                time.sleep(REST)
+                if round:  # the first has warmed caches
+                    line.add("worker", run.line)
+                    line.add("bare fork", forked)
+                    line.add("live fork into namespaces", cloned)
+            service.settle()
+            if round:
+                used = {part: (seconds - before[part]) / launches for part, seconds in service.cpu().items()}
+                for part, seconds in used.items():
+                    cpu.add(part, seconds)
+                cpu.add("launch", sum(used.values()))
+    line.compare("monolith", ["worker"])
+    line.compare("worker", ["bare fork", "live fork into namespaces"])
+    whole.compare("python", ["pocket run"])
+    cpu.compare("monolith", ["launch"])
+    return [line, whole, cpu]
+
+
+def client_result(service: Service, name: str = "mobilenet") -> tuple[float, float, float]:
+    """Login to first result of a model, in seconds; seconds of the same call again; and the sum of the result."""
+    began = time.monotonic()
+    with login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir) as session:
+        model = session.model(name)
+        image = session.tensor(models.INPUTS[name], "float32")
+        image.numpy()[...] = 0.5
+        scores = first(model(image))
+        result = time.monotonic()
+        said = float(np.abs(scores).sum())
+        again = time.monotonic()
+        first(model(image))
+        return result - began, time.monotonic() - again, said
+
+
+def first(results: Any) -> Any:
+    return (results[0] if isinstance(results, (list, tuple)) else results).numpy()
+
+
+def first_result(service: Service, file: Path, rounds: int, launches: int) -> Measure:
+    """Launch to the first result of MobileNetV2: an unmodified script, and a client of a service that holds it."""
+    measure = Measure("Launch to first result of MobileNetV2", "s")
+    with service.control() as control:
+        for round in range(rounds):
+            measure.add("monolith, builds", launch.monolith("build.py").result or 0.0)
+            loads = launch.monolith("load.py", str(file))
+            measure.add("monolith, loads", loads.result or 0.0)
+            for _ in range(max(1, launches // 4)):
+                measure.add("program, builds", launch.in_worker(control, service.name, "build.py").result or 0.0)
+                time.sleep(REST)
+            for number in range(launches):
+                seconds, again, said = client_result(service)
+                time.sleep(REST)
+                if abs(said - loads.said["sum"]) > 1e-3 * abs(said):
+                    raise Failed(f"a client's result {said} is not the monolith's {loads.said['sum']}")
+                if round or number:
+                    measure.add("client", seconds)
+                    measure.add("inference alone", again)
+    measure.compare("monolith, builds", ["program, builds"])
+    measure.compare("monolith, loads", ["client"])
+    measure.compare("client", ["inference alone"])
+    return measure
+
+
+def round_trip(service: Service, rounds: int, block: int) -> Measure:
+    """One call that does nothing, alone and with 25 MB, beside a bare echo."""
+    measure = Measure("Round trip", "s")
+    with echo() as trip, login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir) as session:
+        small, big = session.tensor((16,), "float32"), session.tensor(BIG, "float32")
+        source = np.zeros(BIG, "float32")
+
+        def copied() -> None:
+            big.numpy()[...] = source
+            session.call("null:take", big)
+
+        series: dict[str, Callable[[], Any]] = {
+            "bare echo": trip,
+            "call": lambda: session.call("null:null"),
+            "call, 64 bytes in the arena": lambda: session.call("null:take", small),
+            "call, 25 MB in the arena": lambda: session.call("null:take", big),
+        }
+        clock = time.perf_counter
+        for round in range(rounds + 1):
+            for name, function in series.items():
+                for _ in range(block):
+                    began = clock()
+                    function()
+                    if round:
+                        measure.add(name, clock() - began)
+            for _ in range(max(1, block // 10)):
+                began = clock()
+                copied()
+                copied_in = clock() - began
+                began = clock()
+                big.numpy()[...] = source
+                if round:
+                    measure.add("call, 25 MB copied in", copied_in)
+                    measure.add("25 MB copied alone", clock() - began)
+    measure.compare("call", ["bare echo"])
+    measure.compare("call, 25 MB in the arena", ["bare echo", "call, 64 bytes in the arena"])
+    measure.compare("call, 25 MB copied in", ["25 MB copied alone"])
+    return measure
+
+
+def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> Measure:
+    """Sum of PSS of so many apps at once that each hold a result of one model, deployed with the service: clients with
+    their workers and all of the service; and monoliths that load it. Private: what one app alone holds, the median."""
+    measure = Measure(f"Memory of concurrent apps, {name}", "bytes")
+    with ExitStack() as stack:
+        started: list[int] = []
+        for count in counts:
+            while len(started) < count:
+                command = [sys.executable, str(PROGRAMS / "load.py"), str(file), "--hold"]
+                process = subprocess.Popen(
+                    command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                )
+                stack.callback(_end, process)
+                assert process.stdout
+                json.loads(process.stdout.readline())
+                started.append(process.pid)
+            held = [own.memory([pid]) for pid in started]
+            measure.add(f"{count} monoliths", sum(each.pss for each in held))
+            measure.add(f"{count} monoliths, private of one", *(each.private for each in held))
+    with ExitStack() as stack:
+        clients: list[subprocess.Popen[bytes]] = []
+        for count in counts:
+            while len(clients) < count:
+                clients.append(_client(service, name))
+                stack.callback(_end, clients[-1])
+            for client in clients:  # all at once
+                assert client.stdin
+                client.stdin.write(b"\n")
+                client.stdin.flush()
+            for client in clients:
+                _await(client)
+            for when, patience in (("", 0.0), (", idle", 1.0)):
+                time.sleep(patience)  # a worker gives back its allocator's memory after 0.25 s without a call
+                workers = [own.memory([pid]) for pid in _workers(service)]
+                apps = [own.memory([client.pid]) for client in clients]
+                everything = own.memory([*(client.pid for client in clients), *service.processes()])
+                measure.add(f"{count} pockets{when}", everything.pss)
+                measure.add(f"{count} pockets{when}, private of one worker", *(each.private for each in workers))
+                measure.add(f"{count} pockets{when}, private of one client", *(each.private for each in apps))
+    service.settle()
+    for count in counts:
+        measure.compare(f"{count} monoliths", [f"{count} pockets", f"{count} pockets, idle"])
+    return measure
+
+
+def _client(service: Service, name: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bench.client", service.runtime_dir, service.name, name]
+    process = subprocess.Popen(command, cwd=own.EXAMPLES.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        _await(process)
+    except BaseException:
+        _end(process)
+        raise
+    return process
+
+
+def _await(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout
+    ready, _, _ = select.select([process.stdout], [], [], 120)
+    if not ready or process.stdout.readline() != b"held\n":
+        raise Failed("a client has no result")
+
+
+def _workers(service: Service) -> list[int]:
+    with service.control() as control:
+        return [int(worker["pid"]) for worker in control.call("ps")["workers"] if worker["service"] == service.name]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """By the end of its standard input."""
+    process.communicate(timeout=60)
