@@ -44,6 +44,7 @@ class Init:
         self.pauses: Dict[int, Session] = {}
         self.unclaimed: Dict[int, int] = {}  # statuses that came before a template named the pid
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
+        self.spare: Optional[clone.Child] = None  # the next session's pause
         self.running = True
 
     # -- the loop
@@ -66,6 +67,7 @@ class Init:
         self.listener.listen(16)  # again, so that SO_PEERCRED of who connects names this process
         self.listener.setblocking(False)
         self.watch(self.listener.fileno(), self.accept)
+        self.make_spare()
         while self.running:
             for fd, _ in self.epoll.poll(self.patience()):
                 handler = self.handlers.get(fd)
@@ -273,7 +275,7 @@ class Init:
         leaf, session_fd, hold_fd = fds.take(), fds.take(), fds.take()
         hold = socket.socket(fileno=hold_fd)
         try:
-            pause = clone.pause(flags=namespaces.CLONE_NEWPID, cgroup=leaf)
+            pause = self.take_pause()
         except OSError:
             hold.close()
             os.close(leaf)
@@ -298,12 +300,28 @@ class Init:
             if out is not None:
                 os.close(out)
 
+    def take_pause(self) -> clone.Child:
+        """A pause process, made ahead of time where there is one: a launch need not wait for it.
+
+        It stays in init's own cgroup: it holds a pid namespace and nothing that could be charged to a pocket.
+        """
+        pause, self.spare = self.spare, None
+        return pause or clone.pause(flags=namespaces.CLONE_NEWPID)
+
+    def make_spare(self) -> None:
+        if self.spare is None:
+            try:
+                self.spare = clone.pause(flags=namespaces.CLONE_NEWPID)
+            except OSError:
+                pass  # the next launch makes its own, or says why it cannot
+
     def born(self, s: Session, pid: int, pidfd: int) -> None:
         s.pid, s.pidfd, s.started = pid, pidfd, time.time()
         self.tell({"id": s.request, "ok": True, "pid": pid}, [pidfd])
         s.request = None
         if pid in self.unclaimed:  # it ended before its template could say that it was born
             self.died(s, self.unclaimed.pop(pid))
+        self.make_spare()
 
     def fail(self, s: Session, error: Error) -> None:
         """A launch that did not come to a worker."""
@@ -391,6 +409,9 @@ class Init:
                 self.died(by_pid[pid], status)
             elif pid in self.pauses:
                 self.over(self.pauses.pop(pid))
+            elif self.spare and pid == self.spare.pid:
+                os.close(self.spare.pidfd)
+                self.spare = None
             elif any(not s.pid for s in self.sessions.values()):
                 self.unclaimed[pid] = status
         if not any(not s.pid for s in self.sessions.values()):
