@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgroup.limits import CONTROLLERS, LimitError, Limits
 from cgroup.node import Cgroup
-from nsutil import processes
+from nsutil import memory, processes
 from nsutil.messages import Fds
 from pocketd import events, paths, permissions, trees, wire
 from pocketd.definitions import Pocket
@@ -66,10 +66,12 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         service.sessions[identity] = session
         try:
             session.note = _note(plan, leaf, mode, files)
-            passed = [leaf.fd, given["session"], given["hold"], *(fd for fd, _ in files)]
+            orders = _orders(service, plan, mode, files)
+            stack.callback(os.close, orders)
+            passed = [leaf.fd, given["session"], given["hold"], orders, *(fd for fd, _ in files)]
             if plan.network == "host":
                 passed.append(daemon.network)
-            await _introduce(service, template.number, session, mode, plan, files, passed)
+            await _introduce(service, template.number, session, mode, passed)
         except BaseException:
             await service.drop_session(session)
             raise
@@ -204,22 +206,25 @@ def make_leaf(service: RunningService, plan: Plan, identity: str) -> Cgroup:
 def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]]) -> Message:
     """What init keeps for us, so that a new pocketd knows the session again."""
     directory = files[0][1]["target"] if files else ""
-    return {"pocket": plan.name, "uid": plan.uid, "leaf": leaf.kernel_path, "mode": mode, "directory": directory}
+    return {
+        "pocket": plan.name,
+        "uid": plan.uid,
+        "leaf": leaf.kernel_path,
+        "mode": mode,
+        "directory": directory,
+        "network": plan.network,
+    }
 
 
-async def _introduce(
-    service: RunningService,
-    template: int,
-    session: Session,
-    mode: str,
-    plan: Plan,
-    files: list[tuple[int, Message]],
-    passed: list[int],
-) -> None:
-    """Hand all over to init, which makes the pause and has the template fork. After this pocketd is not needed."""
+def _orders(service: RunningService, plan: Plan, mode: str, files: list[tuple[int, Message]]) -> int:
+    """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
+
+    A template passes it on unread: what it had once held, its later workers of other pockets could find in their memory.
+    """
     directory = files[0][1]["target"]
     home = "" if plan.home == directory or plan.home.startswith(directory + "/") else plan.home
-    worker = {
+    orders = {
+        "mode": mode,
         "network": plan.network,
         "uid": plan.uid,
         "gid": plan.gid,
@@ -231,16 +236,16 @@ async def _introduce(
         "directory": directory,
         "exit": service.definition.exit,
     }
+    return memory.sealed(wire.pack(orders), "orders")
+
+
+async def _introduce(service: RunningService, template: int, session: Session, mode: str, passed: list[int]) -> None:
+    """Hand all over to init, which has the template fork. After this pocketd is not needed."""
     if not service.init:
         raise Error("service", f"service {service.name} has ended")
-    fields: dict[str, Any] = {
-        "session": session.id,
-        "template": template,
-        "mode": mode,
-        "worker": worker,
-        "note": session.note,
-    }
-    message, received = await service.init.call("launch", passed, **fields)
+    host = session.note["network"] == "host"
+    fields: dict[str, Any] = {"session": session.id, "template": template, "mode": mode, "note": session.note}
+    message, received = await service.init.call("launch", passed, host_network=host, **fields)
     with received:
         if len(received):
             pidfd = received.take()

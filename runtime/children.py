@@ -23,6 +23,7 @@ class Session:
     leaf: int  # cgroup directory, for memory.events
     request: Any  # pocketd's id of the launch, until it is answered
     deadline: float
+    launch: int  # the number by which the template knows it
     started: float = 0.0
     pid: int = 0
     pidfd: int = -1

@@ -43,6 +43,8 @@ class Init:
         self.templates: Dict[int, Template] = {}
         self.pauses: Dict[int, Session] = {}
         self.unclaimed: Dict[int, int] = {}  # statuses that came before a template named the pid
+        self.launches = 0  # numbers, since a template must not learn a session's name
+        self.launching: Dict[int, Session] = {}
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
         self.spare: Optional[clone.Child] = None  # the next session's pause
         self.running = True
@@ -230,8 +232,8 @@ class Init:
                 if child:
                     child.pid = message["pid"]
             elif operation in ("forked", "refused"):
-                session = self.sessions.get(message.get("session", ""))
-                if session and not session.pid:
+                session = self.launching.pop(message.get("launch", 0), None)
+                if session and session.id in self.sessions:
                     if operation == "forked":
                         self.born(session, message["pid"], fds.take())
                     else:
@@ -272,31 +274,36 @@ class Init:
         t = self.templates.get(message["template"])
         if not t or not t.ready:
             raise Error("no-template", f"template {message['template']} is not ready")
-        leaf, session_fd, hold_fd = fds.take(), fds.take(), fds.take()
+        leaf, session_fd, hold_fd, orders = fds.take(), fds.take(), fds.take(), fds.take()
         hold = socket.socket(fileno=hold_fd)
         try:
             pause = self.take_pause()
         except OSError:
             hold.close()
-            os.close(leaf)
-            os.close(session_fd)
+            for fd in (leaf, session_fd, orders):
+                os.close(fd)
             raise
         deadline = time.monotonic() + FORK_TIMEOUT
-        s = Session(identity, message.get("note", {}), t.number, pause, hold, leaf, message["id"], deadline)
+        self.launches += 1
+        s = Session(
+            identity, message.get("note", {}), t.number, pause, hold, leaf, message["id"], deadline, self.launches
+        )
         self.sessions[identity] = self.pauses[pause.pid] = s
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
-        passed = [leaf, pause.pidfd, session_fd, *fds]
+        passed = [leaf, pause.pidfd, session_fd, orders, *fds]
         out = None
         if message["mode"] == "client":
             s.output, out = os.pipe2(os.O_CLOEXEC)
             self.watch(s.output, lambda: self.drain_worker(s))
-            passed.insert(3, out)
+            passed.insert(4, out)
+        self.launching[s.launch] = s
         try:
-            wire.send(t.talk, {**message["worker"], "op": "fork", "session": identity, "mode": message["mode"]}, passed)
+            wire.send(t.talk, {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}, passed)
         except OSError as e:
             self.fail(s, Error("template", f"template {t.number} is gone: {e}"))
         finally:
             os.close(session_fd)
+            os.close(orders)
             if out is not None:
                 os.close(out)
 
@@ -443,6 +450,7 @@ class Init:
             if fd >= 0:
                 os.close(fd)
         self.sessions.pop(s.id, None)
+        self.launching.pop(s.launch, None)
         ended = {"session": s.id, "note": s.note, "status": s.status}
         self.ended[s.id] = ended
         while len(self.ended) > 1000:

@@ -122,23 +122,23 @@ def fork_worker(
     template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...], clean: interpreter.Clean
 ) -> None:
     """One launch. The child never returns from here."""
-    leaf, pause, session = fds.take(), fds.take(), fds.take()
+    leaf, pause, session, orders = fds.take(), fds.take(), fds.take(), fds.take()
     handed = fds.rest()
     try:
-        flags = _FLAGS if message["network"] == "host" else _FLAGS | namespaces.CLONE_NEWNET
+        flags = _FLAGS if message["host_network"] else _FLAGS | namespaces.CLONE_NEWNET
         child = clone.live_fork(
             flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
         )
         if child is None:
-            worker.run(template, message, session, handed, clean)
+            worker.run(template, session, orders, handed, clean)
     except OSError as e:
         error = Error("fork", f"the template could not fork: {e}")
-        template.say({"op": "refused", "session": message["session"], "error": error.wire()})
+        template.say({"op": "refused", "launch": message["launch"], "error": error.wire()})
         return
     finally:
-        for fd in (leaf, pause, session, *handed):
+        for fd in (leaf, pause, session, orders, *handed):
             os.close(fd)
-    template.say({"op": "forked", "session": message["session"], "pid": child.pid}, [child.pidfd])
+    template.say({"op": "forked", "launch": message["launch"], "pid": child.pid}, [child.pidfd])
     os.close(child.pidfd)
 
 

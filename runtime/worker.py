@@ -12,22 +12,29 @@ import signal
 import socket
 from typing import Any, List, NoReturn
 
-from nsutil import clone, mounts, namespaces, privileges, processes
+from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, interpreter, program, randomness, session
 
+ORDERS = 1 << 20  # bytes, at most
 FAILED = 125  # pocketd's own failure, as podman's
 
 
-def run(template: Any, message: Message, session_fd: int, handed: List[int], clean: interpreter.Clean) -> NoReturn:
-    """Become the worker of one session. `handed`: the output pipe in client mode, the file trees, the network."""
+def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: interpreter.Clean) -> NoReturn:
+    """Become the worker of one session.
+
+    `orders` is pocketd's word in a sealed memfd (launch._orders); `handed`: the output pipe in client mode, the file
+    trees, the network.
+    """
     code = FAILED
     sock = socket.socket(fileno=session_fd)
     try:
         os.setsid()
-        interpreter.close_others({session_fd, *handed, *template.reopen})
+        interpreter.close_others({session_fd, orders, *handed, *template.reopen})
+        message = wire.unpack(memory.read_sealed(orders, ORDERS))
+        os.close(orders)
         for fd in template.reopen:
             clone.reopen(fd)
         output = handed.pop(0) if message["mode"] == "client" else None
