@@ -219,7 +219,7 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
 def _orders(service: RunningService, plan: Plan, mode: str, files: list[tuple[int, Message]]) -> int:
     """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
 
-    A template passes it on unread: what it had once held, its later workers of other pockets could find in their memory.
+    A template passes it on unread: what it had once held, later workers of other pockets could find in their memory.
     """
     directory = files[0][1]["target"]
     home = "" if plan.home == directory or plan.home.startswith(directory + "/") else plan.home

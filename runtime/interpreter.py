@@ -215,7 +215,7 @@ def make_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
     buffer: Any = open(fd, mode + "b", buffering=0 if unbuffered else -1, closefd=False)
     raw = buffer if unbuffered else buffer.raw
     raw.name = f"<{name}>"
-    line = mode == "w" and (name == "stderr" or raw.isatty())
+    line = name == "stderr" or raw.isatty()
     stream = io.TextIOWrapper(buffer, encoding, errors, newline="\n", line_buffering=line, write_through=unbuffered)
     stream.mode = mode  # type: ignore[misc]
     return stream

@@ -1,13 +1,14 @@
 /* Live fork in C, without Python: linked with nsutil/livefork.c. `threads FORKS [busy]`.
  *
- * Workers wait on a queue; each child's must answer, with their own thread-local value, name, signal mask, nice value and
- * alternate stack as before. `busy`: three more threads allocate all the time, so parking finds them anywhere, also inside
+ * Workers wait on a queue; each child's must answer, with their own thread-local value, name, signal mask, nice value,
+ * alternate stack, robust list and rseq area as before, and can be joined. `busy`: three more threads allocate all the time, so parking finds them anywhere, also inside
  * malloc; the children then revive at once. Every 50th child forks itself, and its child once more.
  * Also the /try of the aarch64 test: static, under an init of a few lines (init.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,8 +27,10 @@
 enum { WORKERS = 6 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t asked = PTHREAD_COND_INITIALIZER, answered = PTHREAD_COND_INITIALIZER;
-static int todo, done, busy, wrong;
+static int todo, done, busy, wrong, over;
+static pthread_t workers[WORKERS];
 static __thread long mine;
+static __thread void *robust;
 static char stacks[WORKERS][65536];
 
 static void same(int yes, const char *what) {
@@ -48,13 +51,32 @@ static void check(long number) {
     same(alternate.ss_sp == stacks[number] && !alternate.ss_flags, "alternate stack");
     errno = 0;
     same(getpriority(PRIO_PROCESS, 0) == number && !errno, "nice value");
+    void *head = NULL;
+    size_t size;
+    syscall(SYS_get_robust_list, 0, &head, &size);
+    same(head && head == robust, "robust list");
 #if defined __GLIBC__ && __GLIBC_PREREQ(2, 35)
-    if (__rseq_size) same((int)((struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset))->cpu_id >= 0, "rseq");
+    if (__rseq_size) {
+        /* The kernel keeps it up to date: it says where the thread was sent to. */
+        const volatile uint32_t *cpu = &((struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset))->cpu_id;
+        cpu_set_t all, one;
+        sched_getaffinity(0, sizeof all, &all);
+        for (int i = 0; i < CPU_SETSIZE; i++) {
+            if (!CPU_ISSET(i, &all)) continue;
+            CPU_ZERO(&one);
+            CPU_SET(i, &one);
+            sched_setaffinity(0, sizeof one, &one);
+            same((int)*cpu == i, "rseq");
+        }
+        sched_setaffinity(0, sizeof all, &all);
+    }
 #endif
 }
 
 static void *work(void *argument) {
     long number = mine = (long)argument;
+    size_t size;
+    syscall(SYS_get_robust_list, 0, &robust, &size);
     char name[16];
     snprintf(name, sizeof name, "worker %ld", number);
     prctl(PR_SET_NAME, name);
@@ -66,7 +88,8 @@ static void *work(void *argument) {
     if (number & 1) pthread_sigmask(SIG_BLOCK, &one, NULL);
     for (;;) {
         pthread_mutex_lock(&lock);
-        while (!todo) pthread_cond_wait(&asked, &lock);
+        while (!todo && !over) pthread_cond_wait(&asked, &lock);
+        if (over) break;
         todo--;
         check(number);
         done++;
@@ -74,7 +97,20 @@ static void *work(void *argument) {
         pthread_mutex_unlock(&lock);
         free(malloc(1000));
     }
-    return NULL;
+    pthread_mutex_unlock(&lock);
+    return (void *)(mine + 100);
+}
+
+/* End the workers. pthread_join waits for what the kernel clears at a thread's end, where its tid stood. */
+static void join(void) {
+    pthread_mutex_lock(&lock);
+    over = 1;
+    pthread_cond_broadcast(&asked);
+    pthread_mutex_unlock(&lock);
+    for (long i = 0; i < WORKERS; i++) {
+        void *said = NULL;
+        same(pthread_join(workers[i], &said) == 0 && said == (void *)(i + 100), "pthread_join");
+    }
 }
 
 static void *allocate(void *argument) {
@@ -129,7 +165,9 @@ static int generation(int deeper) {
         /* Threads may end and begin there as anywhere. */
         pthread_t t;
         if (pthread_create(&t, NULL, end_at_once, NULL) || pthread_join(t, NULL)) _exit(4);
-        _exit(deeper ? generation(deeper - 1) : 0);
+        if (deeper) _exit(generation(deeper - 1));
+        join();
+        _exit(wrong);
     }
     int status;
     if (waitpid((pid_t)pid, &status, 0) != pid) return 5;
@@ -143,7 +181,7 @@ int main(int count, char **arguments) {
     int forks = count > 1 ? atoi(arguments[1]) : 1;
     busy = count > 2;
     pthread_t t;
-    for (long i = 0; i < WORKERS; i++) pthread_create(&t, NULL, work, (void *)i);
+    for (long i = 0; i < WORKERS; i++) pthread_create(&workers[i], NULL, work, (void *)i);
     for (int i = 0; busy && i < 3; i++) pthread_create(&t, NULL, allocate, NULL);
     if (!ask(100)) return 1;
     for (int k = 0; k < forks; k++) {
