@@ -1,8 +1,9 @@
 /* Live fork in C, without Python: linked with nsutil/livefork.c. `threads FORKS [busy]`.
  *
  * Workers wait on a queue; each child's must answer, with their own thread-local value, name, signal mask, nice value,
- * alternate stack, robust list and rseq area as before, and can be joined. `busy`: three more threads allocate all the time, so parking finds them anywhere, also inside
- * malloc; the children then revive at once. Every 50th child forks itself, and its child once more.
+ * alternate stack, robust list and rseq area as before, and can be joined. `busy`: three more threads allocate all the
+ * time, so parking finds them anywhere, also inside malloc; the children then revive at once. Every 50th child forks
+ * itself, and its child once more.
  * Also the /try of the aarch64 test: static, under an init of a few lines (init.c).
  */
 #define _GNU_SOURCE
