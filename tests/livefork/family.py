@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import select
@@ -12,9 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nsutil import clone
+from nsutil import clone, namespaces
 
 PATIENCE = 45.0  # seconds
+
+
+def _end(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def stand() -> clone.Child:
+    """The first process of a new pid namespace, which does not outlive a script that fails."""
+    child = clone.pause(flags=namespaces.CLONE_NEWPID)
+    atexit.register(_end, os.dup(child.pidfd))
+    return child
 
 
 def outcome(child: clone.Child, patience: float = PATIENCE) -> int:

@@ -47,7 +47,7 @@ def test_a_child_is_born_in_the_pid_namespace_of_a_pause_with_the_pid_asked_for(
     python(
         WORKERS
         + """
-pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+pause = stand()
 own = os.readlink("/proc/self/ns/pid")
 pid = clone.free_pid([2, 3, 5])
 assert pid == 4
@@ -61,7 +61,7 @@ for _ in range(3):
     assert child_says(revived(os.getppid)) == os.getpid()
 signal.pidfd_send_signal(pause.pidfd, signal.SIGKILL)
 assert outcome(pause) == -signal.SIGKILL
-pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+pause = stand()
 os.kill(pause.pid, signal.SIGKILL)
 os.waitpid(pause.pid, 0)
 try:
@@ -78,7 +78,7 @@ def test_free_pid_avoids_this_process_and_its_threads(python: Python) -> None:
     python(
         WORKERS
         + """
-pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+pause = stand()
 def act():  # its threads have small numbers there
     clone.revive()
     return clone.free_pid([]), tasks()
@@ -128,7 +128,7 @@ def descriptors():
     return sorted((int(fd), os.readlink(f"/proc/self/fd/{fd}")) for fd in os.listdir("/proc/self/fd")[:-1])
 def own():
     return [list(each) for each in descriptors() if "/fd" not in each[1]]
-pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+pause = stand()
 for make in (clone.fork, clone.live_fork):
     reader, writer = os.pipe()
     before = own()
@@ -173,7 +173,7 @@ def test_a_pause_holds_nothing_and_reaps_orphans(python: Python) -> None:
         """
 import re, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+pause = stand()
 def status(field):
     return re.search(rf"^{field}:\\t(.*)$", open(f"/proc/{pause.pid}/status").read(), re.MULTILINE)[1]
 deadline = time.monotonic() + 30

@@ -131,7 +131,7 @@ def draw():
     }
 draw(), draw()  # the template has used them all
 def worker():
-    pause = clone.pause(flags=namespaces.CLONE_NEWPID)
+    pause = stand()
     def act():
         clone.revive()
         if RENEW: randomness.renew()
