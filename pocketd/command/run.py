@@ -291,8 +291,8 @@ def hold(login: Login) -> NoReturn:
 
 
 def forward(hold_socket: socket.socket, received: signals.Received) -> None:
-    """A terminal signals its whole foreground group, so what came from it goes to the worker's group."""
-    group = received.code == signals.SI_KERNEL
+    """What goes to a whole group, from a terminal, or SIGCONT from a shell's fg, goes to the worker's group."""
+    group = received.code == signals.SI_KERNEL or received.number == signal.SIGCONT
     try:
         wire.send(hold_socket, {"op": "signal", "signal": received.number, "group": group})
     except OSError:
