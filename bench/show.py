@@ -61,6 +61,7 @@ def page(results: dict[str, Any]) -> str:
         f"| Python, TensorFlow, numpy | {m['python']}, {m['tensorflow']}, {m['numpy']} |",
         f"| pocketd | {m['pocketd']} |",
         f"| load average before, after | {load['before'][0]:.1f}, {load['after'][0]:.1f}, in {results['seconds']} s |",
+        f"| launches at real-time priority | {'yes' if load['real-time priority'] else 'no'} |",
     ]
     for measure in results["measures"].values():
         lines += ["", f"## {measure['title']}", ""]

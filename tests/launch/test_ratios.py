@@ -1,0 +1,110 @@
+"""How much sooner a pocket is than a process of its own, and how near to a bare fork, as ratios taken in one run.
+
+The machine that runs this is small and busy, and a busy moment hits one side alone. So both sides run at real-time
+priority where the host grants it and take turns, medians are compared, and of up to three rounds the best one counts:
+noise makes a launch slower, never sooner than it can be.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import launch, measures, models
+from bench.floor import floor
+from bench.launch import Service
+from tests.conftest import Pocketd, service_environment, toml_table
+
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed() -> Iterator[None]:
+    with launch.undisturbed():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save("mobilenet", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def service(undisturbed: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that holds MobileNetV2, of a daemon of these tests' own: what runs already keeps its priority."""
+    config = f'[service.tensorflow]\nruntime = "tensorflow"\nmodels = {{ mobilenet = "{model}" }}\n'
+    config += f"env = {toml_table(service_environment())}\n"
+    daemon = Pocketd(tmp_path_factory.mktemp("ratios"), config)
+    daemon.start()
+    try:
+        daemon.pocket("tensorflow", "on")
+        assert daemon.process
+        scope = daemon.cgroup_path / "pocketd-tensorflow.scope"
+        yield Service(daemon.runtime_dir, "tensorflow", scope, daemon.process.pid)
+    finally:
+        daemon.close()
+
+
+def best(measure: Callable[[], float], enough: Callable[[float], bool], better: Callable[..., float]) -> float:
+    """The best of up to ROUNDS measurements; the first that is enough ends it."""
+    found: list[float] = []
+    while len(found) < ROUNDS and not (found and enough(found[-1])):
+        found.append(measure())
+    return better(found)
+
+
+def report(what: str, one: list[float], other: list[float]) -> float:
+    ratio = statistics.median(one) / statistics.median(other)
+    medians = f"{statistics.median(one) * 1e3:.1f} ms / {statistics.median(other) * 1e3:.1f} ms"
+    print(f"{what}: {ratio:.2f} ({medians}, of {len(one)} and {len(other)})")
+    return ratio
+
+
+def test_a_first_line_comes_100_times_sooner_than_the_monoliths(service: Service):
+    def ratio() -> float:
+        monolith, worker = [], []
+        with service.control() as control:
+            for _ in range(3):
+                monolith.append(launch.monolith("first_line.py").line)
+                for _ in range(10):
+                    worker.append(launch.in_worker(control, service.name, "first_line.py").line)
+                    time.sleep(measures.REST)
+        return report("monolith / worker, first line", monolith, worker)
+
+    assert best(ratio, lambda r: r >= 100, max) >= 100
+
+
+def test_a_first_line_comes_within_3_bare_forks_of_the_template(service: Service):
+    with floor(service.template()) as template, service.control() as control:
+
+        def ratio() -> float:
+            bare, worker = [], []
+            for _ in range(40):
+                bare.append(template.fork())
+                time.sleep(measures.REST)
+                worker.append(launch.in_worker(control, service.name, "first_line.py").line)
+                time.sleep(measures.REST)
+            return report("worker / bare fork, first line", worker, bare)
+
+        assert best(ratio, lambda r: r <= 3, min) <= 3
+
+
+def test_a_clients_first_result_comes_25_times_sooner_than_the_monoliths(service: Service, model: Path):
+    def ratio() -> float:
+        monolith, client = [], []
+        for _ in range(2):
+            run = launch.monolith("load.py", str(model))
+            assert run.result
+            monolith.append(run.result)
+            for _ in range(8):
+                seconds, _, said = measures.client_result(service)
+                client.append(seconds)
+                assert said == pytest.approx(run.said["sum"], rel=1e-3)
+                time.sleep(measures.REST)
+        return report("monolith / client, first result", monolith, client)
+
+    assert best(ratio, lambda r: r >= 25, max) >= 25
