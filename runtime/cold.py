@@ -166,8 +166,9 @@ def _text(node: ast.expr) -> Optional[str]:
 
 def run(begin: Message, start: Message, why: str) -> NoReturn:
     """Execute the program in this sandbox, in place of this process."""
-    if why:
+    if why and interpreter.is_open(2):
         os.write(2, f"pocket: {why}; running it cold\n".encode())
+    environment = interpreter.environment(start)  # and nothing that this interpreter added to its own
     arguments: List[Any] = wire.field(start, "arguments", list, [])
     program, kind = wire.field(start, "program", bytes), wire.field(start, "kind", str)
     signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
@@ -177,23 +178,24 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
             if number not in start.get("ignored", ()):
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN if signal.SIGINT in start.get("ignored", ()) else signal.SIG_DFL)
-        execute(program, arguments)
+        execute(program, arguments, environment)
     if "packages" in start:
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (start["packages"], os.environ.get("PYTHONPATH"))))
+        paths = (os.fsencode(start["packages"]), environment.get(b"PYTHONPATH"))
+        environment[b"PYTHONPATH"] = b":".join(filter(None, paths))
     flags = {"module": [b"-m"], "code": [b"-c"]}.get(kind, [])
     if flags or not program.startswith(b"-"):
         command = [os.fsencode(sys.executable), *flags, program, *arguments]
     else:
         command = [os.fsencode(sys.executable), b"./" + program, *arguments]
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment)
 
 
-def execute(program: bytes, arguments: List[bytes]) -> NoReturn:
+def execute(program: bytes, arguments: List[bytes], environment: Dict[bytes, bytes]) -> NoReturn:
     """Execute a program as a shell would find it. 127: not found; 126: not runnable."""
     name = os.fsdecode(program)
     path = shutil.which(name, path=os.environ.get("PATH", "/usr/bin:/bin")) or name
     try:
-        os.execv(path, [program, *arguments])
+        os.execve(path, [program, *arguments], environment)
     except OSError as e:
         os.write(2, b"pocket: " + program + f": {e.strerror}\n".encode())
         os._exit(127 if e.errno == errno.ENOENT else 126)

@@ -112,13 +112,16 @@ def close_others(keep: Container[int]) -> None:
     syscall(SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0, call="close_range")
 
 
+def environment(start: Message) -> Dict[bytes, bytes]:
+    """The caller's environment, as it is."""
+    pairs = wire.field(start, "environment", list, [])
+    return {name: value for name, value in pairs if name and b"=" not in name and b"\0" not in name + value}
+
+
 def adopt(start: Message) -> None:
     """Take over the caller's environment, directory, umask, limits, signals, locale, time zone and streams."""
-    pairs = wire.field(start, "environment", list, [])
     os.environ.clear()
-    for name, value in pairs:
-        if name and b"=" not in name and b"\0" not in name + value:
-            os.environb[name] = value
+    os.environb.update(environment(start))
     os.umask(wire.field(start, "umask", int, 0o022) & 0o777)
     change_directory(start)
     for name, soft in wire.field(start, "limits", dict, {}).items():
