@@ -70,6 +70,8 @@ def warm(template: Template) -> None:
             for name, source in begin["models"].items():
                 template.say({"op": "progress", "text": f"loading model {name} ({source})"})
                 template.models[name] = models.load(template.runtime, name, source)
+        # What an import itself set (TF2_BEHAVIOR) a caller that imported it too has as well: no difference.
+        begin["environment"] = dict(os.environ)
         privatized = clone.privatize_shared_mappings()
         obstacles = clone.inspect({0, 1, 2, template.talk.fileno()})
         refused = [o for o in obstacles if o.remedy == "refuse"]

@@ -72,6 +72,21 @@ def test_a_python_service_holds_onnxruntime_warm(own_pocketd, tmp_path):
     assert done.stdout == "True CPUExecutionProvider\n"
 
 
+def test_a_caller_that_has_imported_tensorflow_itself_is_served_warm(pocketd, tmp_path):
+    """TensorFlow sets variables when it is imported, which its process's children inherit."""
+    script = (
+        "import os, subprocess, sys, tensorflow\n"
+        "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
+        "print(done.stdout, done.stderr, sep='|')\n"
+    )
+    words = pocketd.command("run", "--service", "tensorflow", "-c", "import sys; print('tensorflow' in sys.modules)")
+    env = {**pocketd.environment, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    assert done.stdout == "True\n|\n"
+
+
 def test_an_exec_service_runs_node(own_pocketd, tmp_path):
     node = shutil.which("node")
     if node is None or not os.path.realpath(node).startswith("/usr/"):
