@@ -1,214 +1,317 @@
-"""Ten pockets at once: each in its own cgroup, none sees another; and what a worker is by the kernel's word."""
+"""Pockets that run at once share nothing that either could see."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import select
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from nsutil.privileges import PR_CAPBSET_READ
-from nsutil.syscalls import libc
 from tests.conftest import TIMEOUT
+from tests.launch.both import Both, read_line
 
-COUNT = 10
-# Computes until it is told to stop, having left things of its own lying about; then looks for those of the others.
-NEIGHBOUR = """
-import ctypes, json, os, socket, sys, time
-name = sys.argv[1]
-secret = os.environ["SECRET"]
-open("mine.txt", "w").write(name)
-open("/tmp/left-by-" + name, "w").write(name)
-open("/dev/shm/left-by-" + name, "w").write(name)
-abstract = socket.socket(socket.AF_UNIX); abstract.bind("\\0left-by-" + name)
-libc = ctypes.CDLL(None)
-segment = libc.shmget(1234, 4096, 0o1000 | 0o666)
-print("ready", flush=True)
-end = time.monotonic() + 600
-total = 0
-while not os.path.exists("stop") and time.monotonic() < end:
-    total += sum(i * i for i in range(20000))
-found = {
-    "files": sorted(os.listdir("/pocket")), "tmp": sorted(os.listdir("/tmp")), "shm": sorted(os.listdir("/dev/shm")),
-    "above": sorted(os.listdir(os.path.dirname(os.getcwd()))),
-    "pids": sorted(int(p) for p in os.listdir("/proc") if p.isdigit()), "pid": os.getpid(),
-    "segments": len(open("/proc/sysvipc/shm").read().splitlines()) - 1, "cgroup": open("/proc/self/cgroup").read(),
-    "abstract": [line.split()[-1] for line in open("/proc/net/unix") if "left-by" in line],
-    "host": os.uname().nodename,
-}
-print(json.dumps(found))
+TEN = 10
+
+
+@pytest.fixture
+def ten(pocketd, tmp_path, begun):
+    """A function that starts a program in ten pockets, each with a directory of its own, held at its first line."""
+
+    def start(program, service="plain", words=lambda n: (), env=lambda n: {}):
+        found = []
+        for n in range(TEN):
+            both = Both(pocketd, tmp_path / f"pocket-{n}", service)
+            both.write("app.py", program)
+            command = both.pocket_command("app.py", *words(n))
+            found.append(begun(command, env=both.environment(env(n)), cwd=both.place, stdin=subprocess.PIPE))
+        return found
+
+    return start
+
+
+def say(process, text=b"\n"):
+    process.stdin.write(text)
+    process.stdin.flush()
+
+
+def leaf_of(pocketd, directory):
+    worker = next(w for w in pocketd.workers() if w["directory"] == str(directory))
+    return next(pocketd.cgroup_path.glob(f"*/pockets/*/{worker['session']}")), worker
+
+
+WORK = """
+    import sys, time
+    print("ready", flush=True); sys.stdin.readline()
+    begun, cpu = time.monotonic(), time.process_time()
+    while time.process_time() - cpu < 0.3: sum(range(1000))
+    print(begun, time.monotonic(), flush=True); sys.stdin.readline()
 """
 
 
-def v2_cgroup(pid: int) -> str:
-    return re.findall(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.MULTILINE)[0]
+def test_ten_compute_at_once_each_charged_to_its_own_cgroup(pocketd, ten, tmp_path):
+    processes = ten(WORK)
+    leaves = [leaf_of(pocketd, tmp_path / f"pocket-{n}")[0] for n in range(TEN)]
+    assert len(set(leaves)) == TEN
+    before = [usage(leaf) for leaf in leaves]
+    for p in processes:
+        say(p)
+    spans = [tuple(map(float, read_line(p.stdout.fileno()).split())) for p in processes]
+    assert max(begin for begin, _ in spans) < min(end for _, end in spans), spans  # all ten at the same time
+    for leaf, was in zip(leaves, before, strict=True):
+        assert 300_000 <= usage(leaf) - was < 1_000_000, leaf
+    for p in processes:
+        say(p)
+        assert p.wait(TIMEOUT) == 0
 
 
-def test_ten_pockets_compute_at_once_and_see_nothing_of_each_other(pocketd, tmp_path, begun):
-    processes = []
-    for n in range(COUNT):
-        place = tmp_path / f"app-{n}"
-        place.mkdir()
-        (place / "app.py").write_text(NEIGHBOUR)
-        command = pocketd.command("run", "--service", "plain", "app.py", f"name-{n}")
-        env = {**pocketd.environment, "SECRET": f"secret-{n}"}
-        processes.append(begun(command, env=env, cwd=place))
-    workers = pocketd.workers()
-    assert len(workers) == COUNT
-    leaves = {}
-    for worker in workers:
-        leaf = v2_cgroup(worker["pid"])
-        assert leaf.endswith(f"/pockets/{worker['pocket']}/{worker['session']}")
-        leaves[worker["pid"]] = leaf
-    assert len(set(leaves.values())) == COUNT
-    # Each computes, and is charged to its own cgroup: cpu.stat needs no controller.
-    root = str(pocketd.cgroup_path)[: -len(pocketd.cgroup) - 1]
-
-    def used(leaf: str) -> int:
-        return int(re.findall(r"usage_usec (\d+)", Path(f"{root}{leaf}/cpu.stat").read_text())[0])
-
-    first = {leaf: used(leaf) for leaf in leaves.values()}
-    deadline = select.poll()  # nothing to wait on but time itself: each must get some
-    for _ in range(600):
-        if all(used(leaf) > first[leaf] for leaf in first):
-            break
-        deadline.poll(50)
-    assert all(used(leaf) > first[leaf] for leaf in first)
-    assert len({os.stat(f"/proc/{pid}/ns/{kind}").st_ino for pid in leaves for kind in ("mnt",)}) == COUNT
-    for n in range(COUNT):
-        (tmp_path / f"app-{n}/stop").touch()
-    for n, process in enumerate(processes):
-        out, err = process.communicate(timeout=TIMEOUT)
-        found = json.loads(out)
-        assert err == b""
-        assert found["files"] == ["app.py", "mine.txt", "stop"]
-        assert [name for name in found["tmp"] if "left-by" in name] == [f"left-by-name-{n}"]
-        assert found["shm"] == [f"left-by-name-{n}"]
-        assert found["above"] == [f"app-{n}"]
-        assert found["pids"] == [1, found["pid"]]
-        assert found["segments"] == 1
-        assert found["abstract"] == [f"@left-by-name-{n}"]
-        assert found["host"].startswith("run-")
-        assert "0::/\n" in found["cgroup"]  # its own cgroup is all it knows of
-        assert (tmp_path / f"app-{n}/mine.txt").read_text() == f"name-{n}"
+def usage(leaf):
+    for line in (leaf / "cpu.stat").read_text().splitlines():
+        if line.startswith("usage_usec "):
+            return int(line.split()[1])
+    raise AssertionError(f"no usage_usec in {leaf}/cpu.stat")
 
 
-# Searches its own memory for text that it makes of two halves, so that it does not find itself.
-SEARCH = """
-import os, sys
-first, second = sys.argv[1], sys.argv[2]
-needle = (first + "-" + second).encode()
-own = id(needle)
-hits = 0
-with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
-    for line in maps.read().splitlines():
-        span, mode = line.split()[:2]
-        if mode[0] != "r" or "[v" in line:
-            continue
-        start, end = (int(v, 16) for v in span.split("-"))
-        memory.seek(start)
-        try:
-            text = memory.read(end - start)
-        except OSError:
-            continue
-        at = text.find(needle)
-        while at >= 0:
-            if not own <= start + at < own + 200:
-                hits += 1
-            at = text.find(needle, at + 1)
-        del text
-print("hits", hits)
+LOOK = """
+    import ctypes, glob, json, mmap, os, socket, sys, tempfile
+    from multiprocessing import resource_tracker, shared_memory
+    me = sys.argv[1]
+    open("mine", "w").write(me); open("/tmp/mine-" + me, "w").close()
+    open(os.path.expanduser("~/mine-" + me), "w").close()
+    fd = os.open("/dev/shm/mine-" + me, os.O_CREAT | os.O_RDWR); os.write(fd, me.encode())
+    abstract = socket.socket(socket.AF_UNIX); abstract.bind("\\0of-pocket"); abstract.listen()
+    named = socket.socket(socket.AF_UNIX); named.bind("/tmp/socket")
+    tcp = socket.socket(); tcp.bind(("127.0.0.1", 47474)); tcp.listen()
+    libc = ctypes.CDLL(None, use_errno=True)
+    segment = libc.shmget(0x1234, 4096, 0o1600 | 0o666)
+    queue = libc.msgget(0x1234, 0o1666)
+    semaphore = libc.semget(0x1234, 1, 0o1666)
+    print("ready", flush=True); sys.stdin.readline()
+    seen = {
+        "pids": sorted(int(p) for p in os.listdir("/proc") if p.isdigit()),
+        "tmp": sorted(n for n in os.listdir("/tmp") if n.startswith("mine-")),
+        "shm": os.listdir("/dev/shm"),
+        "home": sorted(n for n in os.listdir(os.path.expanduser("~")) if n.startswith("mine-")),
+        "beside": sorted(n for n in os.listdir("..")),
+        "sockets": sum("of-pocket" in line for line in open("/proc/net/unix")),
+        "ipc": [len(open("/proc/sysvipc/" + k).readlines()) - 1 for k in ("shm", "msg", "sem")],
+        "mine": open("mine").read(),
+        "hostname": os.uname().nodename,
+        "cgroup": open("/proc/self/cgroup").read().splitlines()[-1],
+        "namespaces": {n: os.readlink("/proc/self/ns/" + n) for n in os.listdir("/proc/self/ns")},
+        "mounts": [line.split()[4] for line in open("/proc/self/mountinfo")],
+        "pts": os.listdir("/dev/pts"),
+        "made": [segment >= 0, queue >= 0, semaphore >= 0],
+    }
+    print(json.dumps(seen), flush=True); sys.stdin.readline()
 """
 
 
-def test_nobodys_arguments_environment_or_paths_are_in_anothers_memory(pocketd, tmp_path, begun):
-    """Before, and at the same time: in argv, environment, standard input, directory and a client's call."""
-    first, second = "marker", os.urandom(8).hex()
-    marker = f"{first}-{second}"
-    place = tmp_path / marker
-    place.mkdir()
-    env = {**pocketd.environment, "SECRET": marker}
-    code = "import sys; sys.stdin.read(); print('ready', flush=True); import time; time.sleep(1000)"
-    for _ in range(3):
-        pocketd.pocket("run", "--service", "plain", "-c", "0", marker, cwd=place, env=env, input=marker)
-    command = pocketd.command("run", "--service", "plain", "-c", code, marker)
-    process = begun(command, env=env, cwd=place)
-    search = tmp_path / "search"
-    search.mkdir()
-    (search / "search.py").write_text(SEARCH)
-    done = pocketd.pocket("run", "--service", "plain", "search.py", first, second, cwd=search)
-    assert done.stdout == "hits 0\n"
-    # The search finds what there is: the same marker as its own argument.
-    done = pocketd.pocket("run", "--service", "plain", "search.py", first, second, marker, cwd=search)
-    assert done.stdout != "hits 0\n"
-    process.kill()
+def test_none_sees_anothers_files_processes_or_shared_memory(pocketd, ten, tmp_path):
+    processes = ten(LOOK, words=lambda n: [f"number-{n}"])
+    for p in processes:
+        say(p)
+    found = [json.loads(read_line(p.stdout.fileno())) for p in processes]
+    for n, seen in enumerate(found):
+        assert seen["made"] == [True] * 3  # else it would show nothing
+        assert seen["pids"] == [1, 2]
+        assert seen["tmp"] == seen["home"] == [f"mine-number-{n}"]
+        assert seen["shm"] == [f"mine-number-{n}"]
+        assert seen["beside"] == [f"pocket-{n}"]
+        assert (seen["sockets"], seen["ipc"], seen["mine"]) == (1, [1, 1, 1], f"number-{n}")
+        assert seen["pts"] == ["ptmx"]
+        assert not any(f"pocket-{other}" in m for m in seen["mounts"] for other in range(TEN) if other != n)
+        assert seen["cgroup"] == "0::/"
+    for kind in ("mnt", "pid", "ipc", "uts", "net", "cgroup"):
+        assert len({seen["namespaces"][kind] for seen in found}) == TEN, kind
+    assert len({seen["hostname"] for seen in found}) == TEN
+    uids = {leaf_of(pocketd, tmp_path / f"pocket-{n}")[1]["pid"] for n in range(TEN)}
+    assert len({Path(f"/proc/{pid}").stat().st_uid for pid in uids}) == TEN
+    for p in processes:
+        say(p)
+        assert p.wait(TIMEOUT) == 0
 
 
-STATUS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Uid", "Gid", "Groups")
+ATTACK = """
+    import os, signal, sys
+    print("ready", flush=True); sys.stdin.readline()
+    done = []
+    for pid in [*range(3, 400), *map(int, sys.argv[1:]), -1]:
+        if pid == os.getpid(): continue
+        try: os.kill(pid, 0 if pid == -1 else signal.SIGKILL); done.append(pid)
+        except OSError: pass
+    try: os.kill(1, signal.SIGKILL)
+    except OSError: pass
+    for pid in [1, *map(int, sys.argv[1:])]:
+        for name in ("mem", "root/etc/passwd", "environ", "fd/0", "cwd/app.py"):
+            try: open(f"/proc/{pid}/{name}", "rb").read(1); done.append((pid, name))
+            except OSError: pass
+    print(done, flush=True); sys.stdin.readline()
+"""
+
+
+def test_none_reaches_anothers_processes_by_any_pid(pocketd, ten, tmp_path):
+    processes = ten(ATTACK)
+    workers = {w["directory"]: w for w in pocketd.workers() if w["directory"].startswith(str(tmp_path))}
+    assert len(workers) == TEN
+    for p in processes:
+        say(p)
+    for p in processes:
+        assert read_line(p.stdout.fileno()) == b"[]\n"
+    for worker in workers.values():
+        assert Path(f"/proc/{worker['pid']}").exists()
+    for p in processes:
+        say(p)
+        assert p.wait(TIMEOUT) == 0
+
+
+# Looks through all memory of its own that can be read. What it looks for is put together only here.
+SCAN = """
+    import os, sys
+    wanted = b"-".join([b"marker", b"of", b"another"])
+    sys.stdin.readline() if "wait" in sys.argv else None
+    found = 0
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps.read().splitlines():
+            place, mode, *rest = line.split()
+            if "r" not in mode or rest[-1] in ("[vvar]", "[vsyscall]", "[vvar_vclock]"): continue
+            start, end = (int(n, 16) for n in place.split("-"))
+            at = start
+            while at < end:
+                memory.seek(at)
+                try: data = memory.read(min(end - at, 1 << 22))
+                except OSError: break
+                if not data: break
+                # our own constants are the only ones that may be found: they stand alone, not followed by a number
+                i = data.find(wanted)
+                while i >= 0:
+                    found += data[i + len(wanted):i + len(wanted) + 1] == b":"
+                    i = data.find(wanted, i + 1)
+                at += len(data)
+    print("found", found)
+"""
 
 
 @pytest.mark.parametrize("service", ["plain", "tensorflow"])
-def test_every_thread_of_a_worker_has_given_up_everything(pocketd, tmp_path, begun, service):
-    code = "import sys; print('ready', flush=True); sys.stdin.read()"
-    if service == "tensorflow":
-        code = f"import tensorflow as tf; tf.reduce_sum(tf.ones(8)); {code}"
-    command = pocketd.command("run", "--service", service, "-c", code)
-    process = begun(command, env=pocketd.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    (worker,) = pocketd.workers()
-    threads = os.listdir(f"/proc/{worker['pid']}/task")
-    assert len(threads) >= (2 if service == "tensorflow" else 1)
-    for thread in threads:
-        text = Path(f"/proc/{worker['pid']}/task/{thread}/status").read_text()
-        said = dict(re.findall(rf"^({'|'.join(STATUS)}):[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
-        assert {said[name] for name in STATUS if name.startswith("Cap")} == {"0" * 16}
-        assert said["NoNewPrivs"] == "1" and said["Groups"] == ""
-        uids = set(said["Uid"].split()) | set(said["Gid"].split())
-        assert len(uids) == 1 and int(uids.pop()) >= 1_900_000_000
-    own = {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("mnt", "pid", "ipc", "uts", "net", "cgroup")}
-    for kind, host in own.items():
-        assert os.stat(f"/proc/{worker['pid']}/ns/{kind}").st_ino != host, kind
-    assert libc.prctl(PR_CAPBSET_READ, 0, 0, 0, 0) == 1  # the test itself still has what the worker lacks
-    process.communicate(timeout=TIMEOUT)
+def test_none_finds_anothers_argument_environment_or_input_in_its_memory(pocketd, tmp_path, begun, service):
+    """Neither of launches before it nor of those that run beside it. The same look finds its own."""
+    secret = "marker-of-" + "another:{}"
+    holder = Both(pocketd, tmp_path / "holder", service)
+    holder.write("app.py", "import sys; text = sys.stdin.readline(); print('ready', flush=True); sys.stdin.readline()")
+    beside = []
+    for n in range(3):
+        mine = secret.format(n)
+        holder.pocket("-c", "import sys; sys.stdin.read()", mine, env={"SECRET": mine}, input=mine.encode())
+    for n in range(2):
+        process = subprocess.Popen(
+            holder.pocket_command("app.py", secret.format(n)),
+            env=holder.environment({"SECRET": secret.format(n)}),
+            cwd=holder.place,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        beside.append(process)
+        say(process, secret.format(n).encode() + b"\n")
+        assert read_line(process.stdout.fileno()) == b"ready\n"
+    looker = Both(pocketd, tmp_path / "looker", service)
+    looker.write("app.py", SCAN)
+    ended = looker.pocket("app.py")
+    assert (ended.status, ended.out) == (0, b"found 0\n"), ended.shown()
+    own = looker.pocket("app.py", secret.format("mine"))
+    assert own.status == 0 and own.out != b"found 0\n", own.shown()  # so it would have found it
+    for process in beside:
+        process.communicate(b"\n", timeout=TIMEOUT)
 
 
-def test_no_mount_of_a_worker_appears_on_the_host_or_in_its_service(pocketd, tmp_path, begun):
-    code = "import sys; print('ready', flush=True); sys.stdin.read()"
-    pocketd.pocket("run", "--service", "plain", "-c", "0", cwd=tmp_path)
-    init = next(s["pid"] for s in pocketd.ps()["services"] if s["name"] == "plain")
-    tables = [Path("/proc/self/mountinfo"), Path(f"/proc/{init}/mountinfo")]
-    before = [table.read_text() for table in tables]
-    process = begun(
-        pocketd.command("run", "--service", "plain", "-c", code),
-        env=pocketd.environment,
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
+def test_a_template_never_holds_what_a_caller_sent(pocketd, both):
+    """All memory of init and templates, looked through from outside."""
+    secret = b"secret-of-" + b"a-caller-%d" % time.monotonic_ns()
+    both.write("app.py", "import sys; sys.stdin.read()")
+    for _ in range(3):
+        assert both.pocket("app.py", secret, env={"SECRET": secret.decode()}, input=secret).status == 0
+    pids = [t["pid"] for t in pocketd.ps()["templates"]] + [s["pid"] for s in pocketd.ps()["services"] if s["pid"]]
+    assert pids
+    for pid in [*pids, pocketd.process.pid]:
+        assert not holds(pid, secret), pid
+    assert holds(os.getpid(), secret)
+
+
+def holds(pid, wanted):
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps.read().splitlines():
+            place, mode, *rest = line.split()
+            if "r" not in mode or rest[-1].startswith("[v") or ("w" not in mode and rest[-1].startswith("/")):
+                continue
+            at, end = (int(n, 16) for n in place.split("-"))
+            before = b""
+            while at < end:
+                memory.seek(at)
+                try:
+                    data = memory.read(min(end - at, 1 << 22))
+                except OSError:
+                    break
+                if not data or wanted in before[-100:] + data:
+                    if data:
+                        return True
+                    break
+                before, at = data, at + len(data)
+    return False
+
+
+def test_a_pocket_has_no_network(both):
+    both.write(
+        "app.py",
+        """
+        import socket
+        print([name for _, name in socket.if_nameindex()])
+        s = socket.socket(); s.bind(("127.0.0.1", 0)); s.listen()
+        socket.create_connection(s.getsockname()); print("lo")
+        for family, address in ((socket.AF_INET, ("192.0.2.1", 80)), (socket.AF_INET6, ("2001:db8::1", 80))):
+            try: socket.socket(family).connect(address); print("connected")
+            except OSError as e: print(e.errno)
+        """,
     )
-    assert [table.read_text() for table in tables] == before
-    (worker,) = pocketd.workers()
-    assert f" {tmp_path} " in Path(f"/proc/{worker['pid']}/mountinfo").read_text()
-    process.communicate(timeout=TIMEOUT)
+    assert both.pocket("app.py").out == b"['lo']\nlo\n101\n101\n"  # ENETUNREACH
 
 
-def test_the_pause_reaps_orphans(pocketd, tmp_path):
-    """A program's grandchild that loses its parent does not stay as a zombie."""
-    source = (
-        "import os, sys\n"
-        "read, write = os.pipe()\n"
-        "if os.fork() == 0:\n"
-        "    if os.fork() == 0:\n"
-        "        os.read(read, 1); os._exit(0)\n"
-        "    os._exit(0)\n"
-        "os.wait()\n"
-        "orphan = max(int(p) for p in os.listdir('/proc') if p.isdigit())\n"
-        "fd = os.pidfd_open(orphan)\n"
-        "os.write(write, b'x')\n"
-        "import select; select.select([fd], [], [])\n"
-        "while os.path.exists(f'/proc/{orphan}'): pass\n"
-        "print('reaped')\n"
-    )
-    done = pocketd.pocket("run", "--service", "plain", "-c", source, cwd=tmp_path)
-    assert done.stdout == "reaped\n"
+def test_a_file_of_anothers_cannot_be_named(pocketd, tmp_path):
+    one, other = Both(pocketd, tmp_path / "one"), Both(pocketd, tmp_path / "other")
+    other.write("secret", "secret")
+    one.write("app.py", f"import os; print(os.path.exists('{other.place}/secret'), os.path.exists('../other'))")
+    (one.place / "link").symlink_to("../other/secret")
+    assert one.pocket("app.py").out == b"False False\n"
+    one.write("app.py", "open('link')")
+    assert b"FileNotFoundError" in one.pocket("app.py").err
+
+
+ESCAPES = """
+    import ctypes, os
+    libc = ctypes.CDLL(None, use_errno=True)
+    def attempt(name, *args):
+        r = getattr(libc, name)(*args)
+        print(name, "done" if r >= 0 else "refused")
+    attempt("mount", b"none", b"/tmp", b"tmpfs", 0, None)
+    attempt("umount2", b"/tmp", 2)
+    attempt("unshare", 0x20000)
+    attempt("chroot", b"/tmp")
+    attempt("sethostname", b"x", 1)
+    attempt("setuid", 0)
+    attempt("setgid", 0)
+    attempt("ptrace", 16, 1, None, None)
+    attempt("kill", 1, 9)
+    for path in ("/proc/1/ns/mnt", "/proc/1/root", "/proc/1/cwd"):
+        try: os.listdir(path) if path.endswith("root") else os.open(path, os.O_RDONLY); print(path, "done")
+        except OSError: print(path, "refused")
+    try: os.mknod("device", 0o20666, os.makedev(1, 3)); print("mknod done")
+    except OSError: print("mknod refused")
+"""
+
+
+def test_ways_out_are_closed(both):
+    both.write("app.py", ESCAPES)
+    ended = both.pocket("app.py")
+    lines = ended.out.decode().splitlines()
+    assert ended.status == 0 and len(lines) == 13, ended.shown()
+    assert [line for line in lines if not line.endswith("refused")] == []
