@@ -1,0 +1,48 @@
+"""What the README shows works as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pocketd.command import main as command
+from tests.conftest import ROOT, TIMEOUT, service_environment, toml_table
+
+README = (ROOT / "README.md").read_text()
+SAVE = "import sys, keras; keras.applications.MobileNetV2(weights=None).save(sys.argv[1])"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_app_runs_with_the_configuration_beside_it(own_pocketd, tmp_path: Path):
+    (app,), (configuration,) = blocks("python"), blocks("toml")
+    assert len([line for line in app.splitlines() if line.strip()]) <= 10
+    model = tmp_path / "mobilenet.keras"
+    subprocess.run([sys.executable, "-c", SAVE, model], check=True, capture_output=True, timeout=TIMEOUT)
+    assert "/srv/models/mobilenet.keras" in configuration
+    text = configuration.replace("/srv/models/mobilenet.keras", str(model))
+    daemon = own_pocketd(f"{text}env = {toml_table(service_environment())}\n")
+    place = tmp_path / "app"
+    place.mkdir()
+    (place / "app.py").write_text(app)
+    env = {**daemon.environment, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "app.py"], cwd=place, env=env, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= int(done.stdout) < 1000
+
+
+def test_the_files_that_it_names_are_there():
+    for path in re.findall(r"\]\(([\w./-]+)\)", README) + ["systemd/pocketd.service", "pocketd.conf", "examples/faces"]:
+        assert (ROOT / path).exists(), path
+
+
+def test_its_verbs_are_the_commands():
+    shown = set(re.findall(r"`pocket (ps|logs|stop|run)\b", README))
+    assert shown == {"ps", "logs", "stop", "run"}
+    assert {*command.VERBS, "run"} >= shown
