@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsutil import mounts
-from tests.conftest import ROOT, service_environment, toml_table
+from tests.conftest import ROOT, service_environment, toml_table, wait_for
 
 OTHER = ROOT / ".cache/other-tensorflow/bin/python"  # made by deploy/prepare test
 ENV = toml_table(service_environment())
@@ -170,3 +171,20 @@ def test_a_service_that_does_not_start_says_why(own_pocketd, definition, said):
     assert [s["state"] for s in daemon.ps()["services"] if s["name"] == "bad"] == ["failed"]
     assert not list(daemon.cgroup_path.glob("pocketd-bad.scope"))
     daemon.pocket("good", "on")
+
+
+def test_a_service_that_is_started_by_hand_alone_says_how(own_pocketd, tmp_path):
+    daemon = own_pocketd('[service.tools]\nruntime = "exec"\nstart = "manual"\n')
+    done = daemon.pocket("run", "true", cwd=tmp_path, check=False)
+    assert done.returncode == 125
+    assert done.stderr == "pocket: service tools is off; switch it on by: pocket tools on\n"
+    assert daemon.pocket("tools", "on").stdout == "tools is on\n"
+    assert daemon.pocket("on", "tools").stdout == "tools is already on\n"
+    daemon.pocket("run", "true", cwd=tmp_path)
+    assert json.loads(daemon.pocket("off", "tools", "--json").stdout)["already"] is False
+    assert json.loads(daemon.pocket("tools", "off", "--json").stdout)["already"] is True
+
+
+def test_a_service_is_on_from_the_start_where_its_definition_says_so(own_pocketd):
+    daemon = own_pocketd('[service.tools]\nruntime = "exec"\nstart = "boot"\n')
+    assert wait_for(lambda: daemon.ps()["services"][0]["state"] == "on")
