@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
-from nsutil.messages import Fds, short_name
+from nsutil.messages import Fds, MessageError, short_name
 from pocketd import events, launch, observe, wire
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -74,6 +74,8 @@ class Connection:
                 reply: Message = {"id": number, "ok": True, **result}
             except Error as e:
                 reply = {"id": number, "error": e.wire()}
+            except MessageError as e:
+                reply = {"id": number, "error": Error("bad-request", str(e)).wire()}
             except (OSError, ConnectionError, TimeoutError) as e:
                 reply = {"id": number, "error": Error("kernel", f"{type(e).__name__}: {e}").wire()}
             except Exception as e:  # a fault of ours ends this request, not the daemon

@@ -154,7 +154,7 @@ class Init:
         if number and session.pid:
             self.signal(session, number, False)
         else:
-            self.finish(session)
+            self.kill(session)  # its caller hears how its worker ended
         self.tell({"id": message["id"], "ok": True})
 
     def on_stop(self, message: Message, fds: Fds) -> None:
@@ -382,6 +382,9 @@ class Init:
     def finish(self, s: Session) -> None:
         """End whatever is left in the session's pid namespace; the rest follows when the pause is reaped."""
         self.close_hold(s)
+        self.kill(s)
+
+    def kill(self, s: Session) -> None:
         try:
             signal.pidfd_send_signal(s.pause.pidfd, signal.SIGKILL)
         except ProcessLookupError:
