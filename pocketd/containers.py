@@ -27,7 +27,7 @@ async def make(definition: Service, scope: Cgroup, leaf: Cgroup, place: Path, lo
     Returns the command of the service's root template; None where it needs none of the root file system's (`exec`).
     Raises Error with what the container said.
     """
-    command, shown = await _command(definition)
+    words, shown = await command(definition)
     shown += [str(m.path) for m in definition.models.values() if isinstance(m, ModelFile)]
     root = place / "root"
     root.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ async def make(definition: Service, scope: Cgroup, leaf: Cgroup, place: Path, lo
         for closing in (ours, theirs, listener):
             closing.close()
         os.close(log)
-    return command
+    return words
 
 
-async def _command(definition: Service) -> tuple[list[str] | None, list[str]]:
+async def command(definition: Service) -> tuple[list[str] | None, list[str]]:
     """The root template's command, and the host paths that its python lives from."""
     if definition.runtime == "exec":
         return None, []

@@ -200,6 +200,8 @@ class RunningService:
         parent = None if models is None else await self.template(None, progress)
         assert self.scope and self.init
         d = self.definition
+        if self.command is None:  # templates' notes keep it over a restart, and there was none then
+            self.command, _ = await containers.command(d)
         number = max(self.templates, default=0) + 1
         with Cgroup("templates", self.scope) as templates:
             while str(number) in templates.names():  # a leaf is used once
