@@ -66,7 +66,7 @@ def run(wanted: list[str], quick: bool) -> dict[str, Any]:
         if "first-line" in wanted or "first-result" in wanted:
             with undisturbed() as alone, own.OwnPocketd(work, configuration(work, files["mobilenet"])) as pocketd:
                 found.update(launches(pocketd, wanted, files["mobilenet"], quick))
-        if "round-trip" in wanted:  # real-time priority would send each message to another processor
+        if "round-trip" in wanted:
             say("round trip")
             with own.OwnPocketd(work, configuration(work, files["mobilenet"])) as pocketd:
                 rounds, block = (5, 20) if quick else (40, 50)

@@ -56,6 +56,17 @@ def undisturbed() -> Iterator[bool]:
         os.sched_setscheduler(0, before, parameter)
 
 
+@contextmanager
+def one_processor() -> Iterator[int]:
+    """This process, and what it starts from here on, stay on one processor. Gives its number."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield min(before)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Service:
     """A service that is on, as its cgroups and `ps` show it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -118,9 +119,15 @@ def first_result(service: Service, file: Path, rounds: int, launches: int) -> Me
 
 
 def round_trip(service: Service, rounds: int, block: int) -> Measure:
-    """One call that does nothing, alone and with 25 MB, beside a bare echo."""
+    """One call that does nothing, alone and with 25 MB, beside a bare echo; all three processes on one processor, since
+    a message to another one costs twice as much, and the scheduler would choose."""
     measure = Measure("Round trip", "s")
-    with echo() as trip, login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir) as session:
+    with ExitStack() as stack:
+        processor = stack.enter_context(launch.one_processor())
+        trip = stack.enter_context(echo())
+        session = stack.enter_context(login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir))
+        for thread in Path(f"/proc/{session.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {processor})
         small, big = session.tensor((16,), "float32"), session.tensor(BIG, "float32")
         source = np.zeros(BIG, "float32")
 
@@ -174,8 +181,8 @@ def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> M
                 json.loads(process.stdout.readline())
                 started.append(process.pid)
             held = [own.memory([pid]) for pid in started]
-            measure.add(f"{count} monoliths", sum(each.pss for each in held))
-            measure.add(f"{count} monoliths, private of one", *(each.private for each in held))
+            measure.add(_many(count, "monolith"), sum(each.pss for each in held))
+            measure.add(_many(count, "monolith") + ", private of one", *(each.private for each in held))
     with ExitStack() as stack:
         clients: list[subprocess.Popen[bytes]] = []
         for count in counts:
@@ -189,16 +196,18 @@ def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> M
             for client in clients:
                 _await(client)
             for when, patience in (("", 0.0), (", idle", 1.0)):
+                pockets = _many(count, "pocket") + when
                 time.sleep(patience)  # a worker gives back its allocator's memory after 0.25 s without a call
                 workers = [own.memory([pid]) for pid in _workers(service)]
                 apps = [own.memory([client.pid]) for client in clients]
                 everything = own.memory([*(client.pid for client in clients), *service.processes()])
-                measure.add(f"{count} pockets{when}", everything.pss)
-                measure.add(f"{count} pockets{when}, private of one worker", *(each.private for each in workers))
-                measure.add(f"{count} pockets{when}, private of one client", *(each.private for each in apps))
+                measure.add(pockets, everything.pss)
+                measure.add(f"{pockets}, private of one worker", *(each.private for each in workers))
+                measure.add(f"{pockets}, private of one client", *(each.private for each in apps))
     service.settle()
     for count in counts:
-        measure.compare(f"{count} monoliths", [f"{count} pockets", f"{count} pockets, idle"])
+        pockets = _many(count, "pocket")
+        measure.compare(_many(count, "monolith"), [pockets, f"{pockets}, idle"])
     return measure
 
 
@@ -218,6 +227,10 @@ def _await(process: subprocess.Popen[bytes]) -> None:
     ready, _, _ = select.select([process.stdout], [], [], 120)
     if not ready or process.stdout.readline() != b"held\n":
         raise Failed("a client has no result")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _workers(service: Service) -> list[int]:

@@ -27,7 +27,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         names = list(bars)
         medians = [bars[n]["median"] for n in names]
         axis.barh(names, medians, color=_BAR, height=0.6)
-        axis.plot([bars[n]["p99"] for n in names], names, "|", color=_MARK, markersize=9, markeredgewidth=2)
+        several = [n for n in names if bars[n]["count"] > 1]
+        axis.plot([bars[n]["p99"] for n in several], several, "|", color=_MARK, markersize=9, markeredgewidth=2)
         if unit == "s":
             axis.set_xscale("log")
             axis.set_xlim(min(medians) / 3, max(bars[n]["p99"] for n in names) * 5)

@@ -88,6 +88,7 @@ _MEANINGS = """\
 - **Client**: from before `login()` to the result in the client's memory, of a model that the service holds. The
   monolith loads the same file and calls the model once, directly. **Inference alone** is the same call again.
 - **Round trip**: `session.call` of a function that does nothing; the echo packs and unpacks the same maps.
+  All on one processor.
 - **Memory**: sum of PSS; pockets with their clients, the service's init and its templates. Idle: a second after the
   last call. Private: what no other process maps, of one.
 """
