@@ -1,263 +1,458 @@
-"""kill -9 of each part: who notices, what is said, and that nothing is left."""
+"""What dies, and who notices: pocketd, a worker, a client, a template, a service's init. Nothing is left behind."""
 
 from __future__ import annotations
 
+import collections
+import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from nsutil import messages
 from pocketd import wire
-from pocketd.client import WorkerDied, login
 from pocketd.client.control import Control
 from pocketd.client.login import open_login
-from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table, wait_for
-from tests.launch.both import ends, read_line
+from tests.conftest import TIMEOUT, service_environment, toml_table, wait_for
+from tests.launch.both import Both, Ended, ends, finish, read_line
 
 CONFIG = f"""
-    [service.plain]
-    runtime = "python"
-    env = {toml_table(service_environment())}
+[service.plain]
+runtime = "python"
+env = {toml_table(service_environment())}
 """
-# Says "ready", then answers each line, so that a test can see it alive; ends with the number that it is given.
-ANSWERS = """
-import signal, sys
-signal.signal(signal.SIGUSR1, lambda *_: print("signalled", flush=True))
-print("ready", flush=True)
-for line in sys.stdin:
-    if line.strip().isdigit():
-        sys.exit(int(line))
-    print("heard", line, end="", flush=True)
+
+LOOP = """
+    import os, signal, sys
+    signal.signal(signal.SIGUSR1, lambda *a: os.write(1, b"heard\\n"))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print("got", line, end="", flush=True)
+    sys.exit(42)
 """
 
 
 @pytest.fixture
-def daemon(own_pocketd) -> Pocketd:
-    started: Pocketd = own_pocketd(CONFIG)
-    return started
+def daemon(own_pocketd):
+    return own_pocketd(CONFIG)
 
 
-def say(process: subprocess.Popen[bytes], line: bytes) -> bytes:
-    assert process.stdin and process.stdout
-    process.stdin.write(line + b"\n")
+@pytest.fixture
+def own(daemon, tmp_path):
+    both = Both(daemon, tmp_path / "pocket")
+    both.write("app.py", LOOP)
+    return both
+
+
+@pytest.fixture
+def running(own, begun):
+    """A program that waits, with both its ends in the test's hands."""
+    return begun(own.pocket_command("app.py"), env=own.environment(None), cwd=own.place, stdin=subprocess.PIPE)
+
+
+def say(process, text):
+    process.stdin.write(text)
     process.stdin.flush()
     return read_line(process.stdout.fileno())
 
 
-def test_a_program_outlives_pocketd(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    before = daemon.workers()
+# -- pocketd
+
+
+def test_pocketd_killed_during_a_program(daemon, own, running):
+    """Output, input, signals and the exit code go on; the next pocketd knows the session, and new logins work."""
+    before = daemon.workers()[0]
     daemon.end(signal.SIGKILL)
-    assert say(process, b"one") == b"heard one\n"
-    process.send_signal(signal.SIGUSR1)
-    assert read_line(process.stdout.fileno()) == b"signalled\n"
+    assert say(running, b"one\n") == b"got one\n"
+    running.send_signal(signal.SIGUSR1)
+    assert read_line(running.stdout.fileno()) == b"heard\n"
     daemon.start()
-    (worker,) = daemon.workers()
-    kept = ("session", "pocket", "service", "pid", "mode", "directory")
-    assert {k: worker[k] for k in kept} == {k: before[0][k] for k in kept}
-    process.send_signal(signal.SIGUSR1)
-    assert read_line(process.stdout.fileno()) == b"signalled\n"
-    assert daemon.pocket("run", "-c", "print('new')", cwd=tmp_path).stdout == "new\n"
-    say(process, b"42")
-    assert process.wait(TIMEOUT) == 42
+    after = daemon.workers()[0]
+    for key in ("session", "pid", "pocket", "directory", "service", "mode"):
+        assert after[key] == before[key], key
+    assert own.pocket("-c", "print(1)").out == b"1\n"
+    assert say(running, b"two\n") == b"got two\n"
+    running.stdin.close()
+    running.stdin = None
+    assert finish(running) == Ended(42, b"", b"")
+    assert wait_for(lambda: daemon.workers() == [])
     assert daemon.settled()
 
 
-def test_a_program_that_ends_while_pocketd_is_away_keeps_its_status(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
+def test_a_program_that_ends_without_a_pocketd(daemon, own, running):
     daemon.end(signal.SIGKILL)
-    say(process, b"43")
-    assert process.wait(TIMEOUT) == 43
+    running.stdin.close()
+    running.stdin = None
+    assert finish(running) == Ended(42, b"", b"")
     daemon.start()
+    assert wait_for(lambda: daemon.workers() == [])
     assert daemon.settled()
-    assert daemon.workers() == []
 
 
-def test_a_restarted_pocketd_can_end_what_it_found(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
+def test_a_session_found_again_can_be_stopped(daemon, own, running):
     daemon.end(signal.SIGKILL)
     daemon.start()
-    (worker,) = daemon.workers()
-    daemon.pocket("stop", worker["pocket"])
-    assert process.wait(TIMEOUT) == -signal.SIGTERM
-
-
-def test_a_client_session_outlives_pocketd(daemon, tmp_path):
-    (tmp_path / "app.py").write_text("def double(x): return 2 * x\n")
-    with login("plain", directory=str(tmp_path), runtime_dir=str(daemon.runtime_dir)) as session:
-        daemon.end(signal.SIGKILL)
-        assert session.call("app:double", 4) == 8
-        daemon.start()
-        assert session.call("app:double", 5) == 10
-        assert len(daemon.workers()) == 1
+    session = daemon.workers()[0]["session"]
+    reply = json.loads(daemon.pocket("stop", session, "--json").stdout)
+    assert reply == {"name": session, "stopped": 1}
+    assert finish(running).status == -signal.SIGTERM
     assert daemon.settled()
 
 
-def test_a_killed_worker_is_reported_by_its_signal(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    (worker,) = daemon.workers()
-    os.kill(worker["pid"], signal.SIGKILL)
-    assert process.wait(TIMEOUT) == -signal.SIGKILL
-    assert daemon.settled()
+def test_a_program_that_ignores_its_stop_is_ended_for_good(daemon, own, begun):
+    own.write(
+        "app.py",
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True); signal.pause()",
+    )
+    process = begun(own.pocket_command("app.py"), env=own.environment(None), cwd=own.place)
+    with connect(daemon) as s:
+        wire.send(s, {"id": 1, "op": "stop", "name": daemon.workers()[0]["session"], "timeout": 1})
+        assert wire.receive(s)[0]["stopped"] == 1
+    assert finish(process).status == -signal.SIGKILL
 
 
-def test_a_killed_template_takes_nobody_along_and_is_made_again(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    (template,) = daemon.ps()["templates"]
-    os.kill(template["pid"], signal.SIGKILL)
-    assert ends(template["pid"])
-    assert say(process, b"still") == b"heard still\n"
-    assert daemon.pocket("run", "-c", "print('new')", cwd=tmp_path).stdout == "new\n"
-    (again,) = daemon.ps()["templates"]
-    assert again["pid"] != template["pid"] and again["state"] == "ready"
-    say(process, b"7")
-    assert process.wait(TIMEOUT) == 7
-
-
-def test_a_killed_init_ends_its_service_with_a_word(daemon, tmp_path, begun):
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    os.kill(daemon.ps()["services"][0]["pid"], signal.SIGKILL)
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert (process.returncode, err) == (125, b"pocket: the service ended\n")
-    assert wait_for(lambda: daemon.ps()["services"][0]["state"] == "failed")
-    assert wait_for(lambda: not list(daemon.cgroup_path.glob("*.scope")))
-    assert daemon.pocket("run", "-c", "print('new')", cwd=tmp_path).stdout == "new\n"
-
-
-def test_a_service_that_is_switched_off_says_so(daemon, tmp_path, begun):
-    (tmp_path / "app.py").write_text("import time\ndef nap(): time.sleep(1000)\n")
-    process = begun(daemon.command("run", "-c", ANSWERS), env=daemon.environment, cwd=tmp_path, stdin=subprocess.PIPE)
-    with login("plain", directory=str(tmp_path), runtime_dir=str(daemon.runtime_dir)) as session:
-        daemon.pocket("plain", "off")
-        with pytest.raises(WorkerDied):
-            session.call("app:nap")
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 125
-    assert err == b"pocket: the service was switched off\n"
-    assert not list(daemon.cgroup_path.glob("*.scope"))
-
-
-def test_the_same_login_twice_attaches(daemon, tmp_path):
-    """What a caller does whose pocketd died before its answer: the program runs once."""
-    read, write = os.pipe()
-    start = {
-        "kind": "code",
-        "program": b"import os, time; os.write(1, b'x'); time.sleep(1000)",
-        "arguments": [],
-        "environment": list(os.environb.items()),
-        "directory": os.fsencode(tmp_path),
-        "stdio": [1, 2],
-    }
-    with Control(str(daemon.runtime_dir)) as control:
-        made = open_login(control, mode="program", name="plain", directory=str(tmp_path), start=start, fds=[write, 2])
-    os.close(write)
-    assert os.read(read, 10) == b"x"
-    a, b = messages.pair()
-    with Control(str(daemon.runtime_dir)) as control:
-        reply = control.call(
-            "login", [a.fileno(), b.fileno()], session=made.id, mode="program", name="plain", roles=["session", "hold"]
-        )
-    assert reply["pid"] == made.reply["pid"]
+def test_pocketd_stopped_and_started_in_good_order_leaves_all_running(daemon, own, running):
+    daemon.end(signal.SIGTERM)
+    assert say(running, b"one\n") == b"got one\n"
+    daemon.start()
     assert len(daemon.workers()) == 1
-    for sock in (a, b, made.session, made.hold):
-        sock.close()
-    assert os.read(read, 10) == b""  # it was one program, and it has ended with its caller
-    os.close(read)
+    running.stdin.close()
+    running.stdin = None
+    assert finish(running).status == 42
+
+
+def test_without_pocketd_a_login_says_so(daemon, own):
+    daemon.end()
+    ended = own.pocket("app.py")
+    assert (
+        ended.status == 125
+        and ended.err.startswith(b"pocket: pocketd is not running")
+        and b"Traceback" not in ended.err
+    )
+    daemon.start()
+
+
+def test_many_kills_of_pocketd_in_a_row(daemon, own, running):
+    for n in range(3):
+        daemon.end(signal.SIGKILL)
+        daemon.start()
+        assert own.pocket("-c", "print(1)").out == b"1\n"
+        assert say(running, b"%d\n" % n) == b"got %d\n" % n
+    assert len(daemon.workers()) == 1
+    running.stdin.close()
+    running.stdin = None
+    assert finish(running).status == 42
     assert daemon.settled()
 
 
-def counts(daemon: Pocketd) -> dict[str, object]:
-    """What the kernel says there is of ours."""
-    shown = daemon.ps()
-    assert daemon.process
-    pids = {
-        "pocketd": daemon.process.pid,
-        "init": shown["services"][0]["pid"],
-        "template": shown["templates"][0]["pid"],
-    }
-    found: dict[str, object] = {"host mounts": len(Path("/proc/self/mountinfo").read_text().splitlines())}
-    for name, pid in pids.items():
-        kinds = Counter()
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{fd}"))] += 1
-            except FileNotFoundError:
-                pass
-        found[f"{name} descriptors"] = dict(kinds)
-        found[f"{name} mounts"] = len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
-    found["children of init"] = len(Path(f"/proc/{pids['init']}/task/{pids['init']}/children").read_text().split())
-    found["cgroups"] = sorted(str(p) for p in daemon.cgroup_path.rglob("*") if p.is_dir())
+def test_the_same_session_id_attaches_and_does_not_run_twice(daemon, own):
+    """A caller whose pocketd died before it answered asks the next one again."""
+    own.write("app.py", "open('runs', 'a').write('x'); print('ready', flush=True); input()")
+    read, write = os.pipe()
+    stdin_read, stdin_write = os.pipe()
+    start = {
+        "kind": "file", "program": b"app.py", "arguments": [], "environment": list(os.environb.items()),
+        "directory": os.fsencode(own.place), "stdio": [0, 1, 2],
+    }  # fmt: skip
+    try:
+        with Control(str(daemon.runtime_dir)) as control:
+            login = open_login(
+                control, mode="program", name="plain", directory=str(own.place), start=start, fds=[stdin_read, write, 2]
+            )
+        assert read_line(read) == b"ready\n"
+        daemon.end(signal.SIGKILL)
+        daemon.start()
+        ours, theirs = messages.pair()
+        hold, hold_theirs = messages.pair()
+        directory = os.open(own.place, os.O_PATH)
+        with Control(str(daemon.runtime_dir)) as control:
+            roles = ["session", "hold", "dir"]
+            fds = [theirs.fileno(), hold_theirs.fileno(), directory]
+            again = control.call(
+                "login", fds, session=login.id, mode="program", name="plain", path=str(own.place), roles=roles
+            )
+        os.close(directory)
+        for s in (ours, theirs, hold, hold_theirs):
+            s.close()
+        assert again["pid"] == login.reply["pid"]
+        assert len(daemon.workers()) == 1
+        os.write(stdin_write, b"\n")
+        message, _ = wire.receive(login.hold)
+        assert message["op"] == "exit" and message["status"] == 0
+        assert (own.place / "runs").read_text() == "x"
+        login.session.close()
+        login.hold.close()
+    finally:
+        for fd in (read, write, stdin_read, stdin_write):
+            os.close(fd)
+
+
+# -- a worker, a client
+
+
+def test_a_worker_killed_is_a_signal_to_its_caller_alone(daemon, own, running, begun):
+    other = begun(own.pocket_command("app.py"), env=own.environment(None), cwd=own.place, stdin=subprocess.PIPE)
+    workers = {w["session"]: w for w in daemon.workers()}
+    assert len(workers) == 2
+    os.kill(min(workers.values(), key=lambda w: -w["age"])["pid"], signal.SIGKILL)
+    assert finish(running) == Ended(-signal.SIGKILL, b"", b"")
+    assert say(other, b"on\n") == b"got on\n"
+    other.stdin.close()
+    other.stdin = None
+    assert finish(other).status == 42
+    assert daemon.settled()
+
+
+def test_a_client_killed_in_mid_login_leaves_nothing(daemon, own):
+    """At many points of its way: each is killed a little later than the one before."""
+    for n in range(20):
+        process = subprocess.Popen(
+            own.pocket_command("-c", "import time; time.sleep(1000)"),
+            env=own.environment(None), cwd=own.place, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(lambda: False, timeout=0.02 + n * 0.008)
+        process.kill()
+        process.wait(TIMEOUT)
+    assert daemon.settled()
+    assert wait_for(lambda: daemon.workers() == [])
+    assert own.pocket("-c", "print(1)").out == b"1\n"
+
+
+# -- a template, init
+
+
+def test_a_template_killed_is_made_again_without_a_login(daemon, own):
+    own.pocket("-c", "")
+    before = daemon.ps()["templates"][0]
+    os.kill(before["pid"], signal.SIGKILL)
+    assert wait_for(
+        lambda: [t["pid"] for t in daemon.ps()["templates"] if t["state"] == "ready"] not in ([], [before["pid"]])
+    )
+
+
+def test_a_template_killed_while_no_pocketd_runs(daemon, own, running):
+    before = daemon.ps()["templates"][0]
+    daemon.end(signal.SIGKILL)
+    os.kill(before["pid"], signal.SIGKILL)
+    assert ends(before["pid"])
+    daemon.start()
+    assert own.pocket("-c", "print(1)") == Ended(0, b"1\n", b"")
+    assert say(running, b"one\n") == b"got one\n"
+
+
+def test_an_init_killed_while_no_pocketd_runs(daemon, own, running):
+    pid = daemon.ps()["services"][0]["pid"]
+    daemon.end(signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    assert finish(running).status == 125
+    daemon.start()
+    assert own.pocket("-c", "print(1)").out == b"1\n"
+    assert daemon.settled()
+
+
+# -- nothing is left behind
+
+
+def descriptors(pid):
+    """How many descriptors of each kind a process holds."""
+    kinds = collections.Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}").split(":")[0])] += 1
+        except FileNotFoundError:
+            pass
+    assert kinds.pop("user", 0) <= 256  # id maps, of which pocketd keeps so many
+    return kinds
+
+
+def children(pid):
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found += path.read_text().rpartition(")")[2].split()[1] == str(pid)
+        except OSError:
+            pass
     return found
 
 
-def test_two_hundred_launches_leave_nothing(daemon, tmp_path):
-    """Ends of every kind: good, bad, by signal, killed from outside, its caller killed."""
-    (tmp_path / "app.py").write_text(
-        "import sys, time\nprint('x', flush=True)\n"
-        "if sys.argv[1] == 'wait': time.sleep(1000)\nsys.exit(int(sys.argv[1]))"
-    )
+def state(daemon):
+    ps = daemon.ps()
+    init, templates = ps["services"][0]["pid"], [t["pid"] for t in ps["templates"]]
+    return {
+        "cgroups": sorted(str(p) for p in daemon.cgroup_path.rglob("*") if p.is_dir()),
+        "mounts": Path("/proc/self/mountinfo").read_text(),
+        "mounts of init": Path(f"/proc/{init}/mountinfo").read_text(),
+        "pocketd": descriptors(daemon.process.pid),
+        "init": descriptors(init),
+        "templates": [descriptors(pid) for pid in templates],
+        "children of init": children(init),
+        "children of pocketd": children(daemon.process.pid),
+        "ipc": [len(Path(f"/proc/sysvipc/{kind}").read_text().splitlines()) for kind in ("shm", "msg", "sem")],
+        "shm": sorted(os.listdir("/dev/shm")),
+    }
 
-    def launch(kind: int) -> None:
-        if kind == 0:
-            assert daemon.pocket("run", "app.py", "0", cwd=tmp_path).stdout == "x\n"
-        elif kind == 1:
-            assert daemon.pocket("run", "app.py", "3", cwd=tmp_path, check=False).returncode == 3
-        elif kind == 2:
-            code = "import os; os.kill(os.getpid(), 11)"
-            assert daemon.pocket("run", "-c", code, cwd=tmp_path, check=False).returncode == -11
-        else:
-            process = daemon.popen(
-                "run", "app.py", "wait", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+
+WAYS = [
+    "pass", "import sys; sys.exit(3)", "1/0", "import os; os.kill(os.getpid(), 9)", "import os; os.abort()",
+    "import os; os.fork(); os.fork()", "import subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)",
+    "import tempfile; tempfile.NamedTemporaryFile(delete=False).write(b'x' * 100000)",
+    "import os; os.memfd_create('kept'); open('/dev/shm/kept', 'w').write('x')",
+    "import socket; s = socket.socket(socket.AF_UNIX); s.bind('\\0name'); s.listen()",
+]  # fmt: skip
+
+
+def test_nothing_is_left_behind_after_200_launches(daemon, own):
+    for _ in range(10):  # what is made once and kept
+        own.pocket("-c", "pass")
+    assert daemon.settled()
+    before = state(daemon)
+    for n in range(0, 200, 4):
+        processes = []
+        for k in range(4):
+            way = (
+                WAYS[(n + k) % len(WAYS)]
+                if (n + k) % 5
+                else "import time; print('ready', flush=True); time.sleep(1000)"
             )
-            assert read_line(process.stdout.fileno()) == b"x\n"
-            if kind == 3:
+            process = subprocess.Popen(
+                own.pocket_command("-c", way), env=own.environment(None), cwd=own.place,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            processes.append((process, "ready" in way))
+        for process, waits in processes:
+            if waits:
+                assert read_line(process.stdout.fileno()) == b"ready\n"
                 process.kill()
-            else:
-                os.kill(daemon.workers()[0]["pid"], signal.SIGKILL)
             process.communicate(timeout=TIMEOUT)
-        assert daemon.settled()
-
-    for kind in range(5):  # what is made once, and stays
-        launch(kind)
-    before = counts(daemon)
-    for n in range(200):
-        launch(n % 5)
-    assert wait_for(lambda: counts(daemon) == before, 20) or counts(daemon) == before
+    assert daemon.settled()
+    assert wait_for(lambda: difference(state(daemon), before) == {}, 20), difference(state(daemon), before)
 
 
-def test_garbage_on_the_control_socket_harms_nobody(daemon, tmp_path):
+def difference(now, before):
+    changed = {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+    return {
+        k: (dict(a - b), dict(b - a)) if isinstance(a, collections.Counter) else (a, b) for k, (a, b) in changed.items()
+    }
 
-    path = str(daemon.runtime_dir / "pocketd.sock")
-    junk = [
-        b"",
-        b"\0",
-        b"\0\xff" * 100,
-        b"\1",
-        b"\0" + b"\x91" * 30000,
-        os.urandom(4096),
-        b"\0\x81\xa1v\x01",
-        b"x" * 32000,
-    ]
-    for data in junk:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.settimeout(TIMEOUT)
-            sock.connect(path)
-            if data:
-                sock.send(data)
-                assert select.select([sock], [], [], TIMEOUT)[0]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(TIMEOUT)
-        sock.connect(path)
-        wire.send(sock, {"op": "login", "id": 1, "session": "../../x", "mode": "program", "roles": []})
-        message, _ = wire.receive(sock)
-        assert message["error"]["code"] == "bad-request"
-        socket.send_fds(sock, [b"\0" + wire.pack({"op": "ps", "id": 2})], [0] * 40)
-        assert select.select([sock], [], [], TIMEOUT)[0]
-    assert daemon.pocket("run", "-c", "print('well')", cwd=tmp_path).stdout == "well\n"
+
+# -- bad input
+
+
+def connect(daemon):
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    s.connect(str(daemon.runtime_dir / "pocketd.sock"))
+    s.settimeout(TIMEOUT)
+    return s
+
+
+GARBAGE = {
+    "nothing": b"",
+    "noise": bytes(range(256)),
+    "text": b"GET / HTTP/1.1\r\n\r\n",
+    "no msgpack": b"\0\xc1",
+    "a list": b"\0" + wire.msgpack.packb([1, 2]),
+    "a map with other keys": b"\0" + wire.msgpack.packb({1: 2}),
+    "another version": b"\0" + wire.msgpack.packb({"v": 99, "op": "ps", "id": 1}),
+    "nesting": b"\0" + b"\x91" * 30000,
+    "an ext type": b"\0\x81\xa1v\xc7\x05\x01hello",
+    "a memfd without one": b"\1",
+    "a large map header": b"\0\xdf\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_on_the_socket_loses_its_connection_alone(daemon, own, name):
+    with connect(daemon) as s, Control(str(daemon.runtime_dir)) as bystander:
+        if GARBAGE[name]:
+            s.send(GARBAGE[name])
+        else:
+            s.shutdown(socket.SHUT_WR)
+        assert s.recv(100) in (b"",) or name == "another version"
+        assert bystander.call("ps")["services"][0]["name"] == "plain"
+    assert daemon.process.poll() is None
+
+
+def test_an_oversized_datagram(daemon):
+    with connect(daemon) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        s.send(b"\0" * 150_000)
+        assert s.recv(100) == b""
+    assert daemon.ps()["services"]
+
+
+def test_too_many_descriptors(daemon):
+    daemon.ps()
+    before = descriptors(daemon.process.pid)
+    null = os.open("/dev/null", os.O_RDONLY)
+    with connect(daemon) as s:
+        socket.send_fds(s, [b"\0" + wire.pack({"op": "ps", "id": 1})], [null] * 250)
+        assert s.recv(100) == b""
+    os.close(null)
+    daemon.ps()
+    assert wait_for(lambda: descriptors(daemon.process.pid) == before, 10), descriptors(daemon.process.pid) - before
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(daemon):
+    daemon.ps()
+    before = descriptors(daemon.process.pid)
+    null = os.open("/dev/null", os.O_RDONLY)
+    with Control(str(daemon.runtime_dir)) as control:
+        assert control.call("ps", [null] * 5)["services"]
+    os.close(null)
+    assert wait_for(lambda: descriptors(daemon.process.pid) == before, 10)
+
+
+REQUESTS = {
+    "no operation": {},
+    "an unknown operation": {"op": "nothing-of-that-name"},
+    "an operation of another type": {"op": 7},
+    "a login of nothing": {"op": "login"},
+    "a login with a wrong id": {"op": "login", "session": "../x", "mode": "program", "name": "plain", "roles": []},
+    "a login without descriptors": {
+        "op": "login", "session": "a" * 32, "mode": "program", "name": "plain", "roles": ["session", "hold", "dir"],
+    },
+    "a login without roles": {"op": "login", "session": "a" * 32, "mode": "program", "name": "plain", "roles": []},
+    "a login to nobody": {"op": "login", "session": "a" * 32, "mode": "program", "name": "nobody", "roles": []},
+    "an unknown mode": {"op": "login", "session": "a" * 32, "mode": "x", "name": "plain", "roles": []},
+    "a name of another type": {"op": "on", "name": ["plain"]},
+    "an unknown service": {"op": "on", "name": "nobody"},
+    "no session of that name": {"op": "stop", "name": "nobody"},
+    "logs of nothing": {"op": "logs", "name": "../../etc/passwd"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_wrong_request_gets_an_error_in_words(daemon, name):
+    with connect(daemon) as s:
+        wire.send(s, {"id": 1, **REQUESTS[name]})
+        reply, _ = wire.receive(s)
+        while "progress" in reply:
+            reply, _ = wire.receive(s)
+        assert reply["id"] == 1 and reply["error"]["message"] and reply["error"]["code"] != "internal", reply
+        wire.send(s, {"id": 2, "op": "ps"})
+        assert wire.receive(s)[0]["id"] == 2
+    assert not daemon.leaves()
+
+
+def test_a_start_message_that_is_none(daemon, own):
+    """The worker reads it, and says what is wrong with it; the daemon never sees it."""
+    with Control(str(daemon.runtime_dir)) as control:
+        for start, fds in (
+            ({}, []),
+            ({"kind": "file", "program": b"x", "stdio": [0, 1, 2]}, [0]),
+            ({"kind": "nonsense", "program": b"x", "stdio": []}, []),
+            ({"kind": "file", "program": 7, "stdio": []}, []),
+            ({"kind": "file", "program": b"x", "stdio": [9]}, [0]),
+            ({"kind": "file", "program": b"x", "stdio": [], "environment": 3}, []),
+        ):
+            login = open_login(control, mode="program", name="plain", directory=str(own.place), start=start, fds=fds)
+            message, _ = wire.receive(login.hold)
+            assert message["op"] == "exit" and os.waitstatus_to_exitcode(message["status"]) != 0, (start, message)
+            login.session.close()
+            login.hold.close()
+    assert daemon.settled()
+    assert own.pocket("-c", "print(1)").out == b"1\n"
