@@ -43,6 +43,8 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         settle(message, handed)
         confine(message)
         start, fds = wire.receive(sock)
+        if start.get("mode") != message["mode"]:
+            raise Error("bad-request", f"the login was for mode {message['mode']}, the start message is for another")
         take_stdio(start, fds.rest(), output)
         interpreter.adopt(start)
         difference = cold.reason(template.runtime, template.begin, start)
@@ -53,7 +55,7 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         clone.revive()
         randomness.renew()
         clean.restore()
-        if start["mode"] == "client":
+        if message["mode"] == "client":
             processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
             code = session.serve(sock, start, template.runtime, template.models, message["directory"])
         else:
