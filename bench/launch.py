@@ -18,7 +18,7 @@ from typing import Any
 
 from pocketd import wire
 from pocketd.client.control import Control
-from pocketd.client.login import open_login
+from pocketd.client.handshake import open_login
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 # Of programs in workers and of monoliths alike: nothing that would have a worker run cold.

@@ -20,7 +20,7 @@ from nsutil.messages import MessageError
 from pocketd.client import errors
 from pocketd.client.control import Control
 from pocketd.client.core import Core, Outgoing
-from pocketd.client.login import Login, open_login
+from pocketd.client.handshake import Login, open_login
 from pocketd.client.model import Model
 from pocketd.client.session import died, request
 from pocketd.client.tensor import Tensor

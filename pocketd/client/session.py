@@ -18,7 +18,7 @@ from pocketd import wire
 from pocketd.client import errors
 from pocketd.client.control import Control
 from pocketd.client.core import Core, Outgoing, Reply
-from pocketd.client.login import Login, environment, open_login
+from pocketd.client.handshake import Login, environment, open_login
 from pocketd.client.model import Model
 from pocketd.client.tensor import Tensor
 

@@ -21,7 +21,7 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.client import errors
 from pocketd.client.control import Control
-from pocketd.client.login import Login, open_login
+from pocketd.client.handshake import Login, open_login
 
 FAILED, NOT_FOUND = 125, 127  # as podman's
 

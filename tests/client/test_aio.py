@@ -25,7 +25,7 @@ from pocketd.client import (
     WorkerDied,
     aio,
 )
-from pocketd.client.login import Login
+from pocketd.client.handshake import Login
 
 
 @pytest.fixture

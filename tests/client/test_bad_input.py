@@ -16,7 +16,7 @@ import pytest
 from nsutil import memory, messages
 from pocketd import tensors, wire
 from pocketd.client.control import Control
-from pocketd.client.login import Login, open_login
+from pocketd.client.handshake import Login, open_login
 
 PAGE = 1 << 16
 

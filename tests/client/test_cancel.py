@@ -14,7 +14,7 @@ import pytest
 from nsutil import messages
 from pocketd import wire
 from pocketd.client import Cancelled, Session, Timeout
-from pocketd.client.login import Login
+from pocketd.client.handshake import Login
 
 
 def test_a_call_has_a_time_limit_and_is_interrupted_there(session: Session) -> None:

@@ -16,7 +16,7 @@ import pytest
 from nsutil import messages
 from pocketd import wire
 from pocketd.client.control import Control
-from pocketd.client.login import open_login
+from pocketd.client.handshake import open_login
 from tests.conftest import TIMEOUT, service_environment, toml_table, wait_for
 from tests.launch.both import Both, Ended, ends, finish, read_line
 

@@ -8,7 +8,6 @@ before pocketd is asked, so it passes through no other process.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import time
 from contextlib import ExitStack
@@ -82,7 +81,7 @@ def open_login(
                 roles.append(role)
                 sent.append(fd)
             request = {
-                "session": secrets.token_hex(16),
+                "session": os.urandom(16).hex(),
                 "mode": mode,
                 "name": name,
                 "path": os.path.abspath(directory) if directory is not None else None,
