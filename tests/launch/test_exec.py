@@ -19,7 +19,7 @@ def script(programs, text, name="app.sh"):
 
 def test_a_shell_script_has_its_arguments_streams_and_status(programs):
     name = script(programs, '#!/bin/sh\necho "$0" "$#" "$@"\ncat\necho error >&2\npwd\numask\nexit 7\n')
-    words = ["a b", "", b"\xff"]
+    words: list[str | bytes] = ["a b", "", b"\xff"]
     expected = subprocess.run([name, *words], cwd=programs.place, input=b"in\n", capture_output=True, umask=0o27)
     found = programs.pocket(name, *words, input=b"in\n", umask=0o27)
     assert (found.status, found.out, found.err) == (expected.returncode, expected.stdout, expected.stderr)

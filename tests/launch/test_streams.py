@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -108,10 +109,10 @@ def test_a_file_is_read_where_the_caller_stood(both):
 def test_a_socket_as_standard_output(both):
     both.write("app.py", "import os, stat, sys; print(stat.S_ISSOCK(os.fstat(1).st_mode), sys.stdout.isatty())")
 
-    def run(command, **options):
+    def run(command: Any, **options: Any) -> tuple[int, bytes]:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            done = subprocess.run(command, cwd=both.place, stdout=theirs, timeout=TIMEOUT, **options)
+            done = subprocess.run(command, cwd=both.place, stdout=theirs.fileno(), timeout=TIMEOUT, **options)
             theirs.close()
             return done.returncode, ours.recv(4096)
 

@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
 
 from nsutil import messages
@@ -259,7 +261,7 @@ def test_an_init_killed_while_no_pocketd_runs(daemon, own, running):
 
 def descriptors(pid):
     """How many descriptors of each kind a process holds."""
-    kinds = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
             kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}").split(":")[0])] += 1
@@ -354,9 +356,9 @@ GARBAGE = {
     "noise": bytes(range(256)),
     "text": b"GET / HTTP/1.1\r\n\r\n",
     "no msgpack": b"\0\xc1",
-    "a list": b"\0" + wire.msgpack.packb([1, 2]),
-    "a map with other keys": b"\0" + wire.msgpack.packb({1: 2}),
-    "another version": b"\0" + wire.msgpack.packb({"v": 99, "op": "ps", "id": 1}),
+    "a list": b"\0" + msgpack.packb([1, 2]),
+    "a map with other keys": b"\0" + msgpack.packb({1: 2}),
+    "another version": b"\0" + msgpack.packb({"v": 99, "op": "ps", "id": 1}),
     "nesting": b"\0" + b"\x91" * 30000,
     "an ext type": b"\0\x81\xa1v\xc7\x05\x01hello",
     "a memfd without one": b"\1",
@@ -406,7 +408,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(daemon):
     assert wait_for(lambda: descriptors(daemon.process.pid) == before, 10)
 
 
-REQUESTS = {
+REQUESTS: dict[str, dict[str, Any]] = {
     "no operation": {},
     "an unknown operation": {"op": "nothing-of-that-name"},
     "an operation of another type": {"op": 7},
