@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+
+if os.environ.get("PYTHONPATH") and not sys.flags.ignore_environment:
+    # It is the program's, which gets it; modules in it must not take the place of ours and the standard library's here.
+    os.execv(sys.executable, [sys.executable, "-I", "-m", "pocketd.command.main", *sys.argv[1:]])
+
+import json
 from typing import Any, NoReturn
 
 from pocketd.client import errors
