@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 
-from nsutil import clone
+from nsutil import clone, signals
 
 BARE = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
@@ -29,6 +29,7 @@ def spawn(
     if child is not None:
         return child
     try:
+        signals.reset()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         null = os.open("/dev/null", os.O_RDWR)
         for number, fd in enumerate((stdin, stdout, stderr)):

@@ -228,7 +228,7 @@ def test_packages_of_the_daemons_names_may_be_the_programs_own(both):
 
 def test_modules_of_the_daemon_are_not_there(both):
     for name in ("runtime", "nsutil", "pocketd"):
-        assert b"ModuleNotFoundError" in both.same("-c", f"import {name}").err
+        assert b"ModuleNotFoundError" in both.pocket("-c", f"import {name}").err
 
 
 def test_no_module_is_loaded_that_is_not_of_the_standard_library(both):
