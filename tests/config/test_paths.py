@@ -23,7 +23,7 @@ def test_system_and_shared_directories_are_refused(path):
 @pytest.mark.parametrize(
     "path",
     """/srv/detect /home/alice /home/alice/app /root /root/app /opt/app /tmp/x /var/tmp/x /var/lib/x /var/lib/x/y
-    /var/www /run/user/1000/x /data /app /work/x /usrlocal /mnt/disk""".split(),
+    /var/www /run/user/1000/x /data /app /projects/x /usrlocal /mnt/disk""".split(),
 )
 def test_directories_of_users_and_services_are_not(path):
     assert refuse_directory(path) is None
