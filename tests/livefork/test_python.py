@@ -167,10 +167,10 @@ thread.start()
 ready.wait()
 before, start = tasks(), time.monotonic()
 try:
-    clone.live_fork(timeout=1)
+    clone.live_fork(timeout=3)
     raise SystemExit("no error")
 except clone.CloneError as error:
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert error.stage == "park" and error.thread == "stubborn" and error.tid == thread.native_id, vars(error)
     assert "stubborn" in str(error) and "SigBlk" in str(error), str(error)
 assert tasks() == before
