@@ -42,7 +42,7 @@ Run a program in a pocket as `python PROGRAM ARG...` would, in a worker of a war
 """
 
 _RLIMITS = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA")
-_SEEN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", "/tmp")
+_SEEN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", sys.prefix)
 # Nobody can catch these; and the kernel sends SIGCHLD for children, of which there are none.
 _NOT_FORWARDED = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
 
@@ -231,14 +231,18 @@ def mount(text: str) -> tuple[str, str, bool]:
 def hint(r: Request, directory: str, targets: list[str]) -> None:
     """One line for each argument that names a file which the program will not see."""
     tops = (directory, *targets, *_SEEN)
+    unseen: dict[str, None] = {}
     words = [r.program, *r.arguments] if r.kind == "file" else r.arguments
     for word in words:
         for text in {word, word.partition("=")[2]}:
-            if "/" not in text or not os.path.exists(text):
+            if not os.path.exists(text):
                 continue
             path = os.path.abspath(text)
-            if path != "/" and not any(path == top or path.startswith(top + "/") for top in tops):
-                say(f"pocket: the program does not see {path}; add --mount {path}")
+            above = f"{directory}/".startswith(path.rstrip("/") + "/")  # seen as far as it leads there
+            if not above and not any(path == top or path.startswith(top + "/") for top in tops):
+                unseen[path] = None
+    for path in unseen:
+        say(f"pocket: the program does not see {path}; add --mount {path}")
 
 
 def is_open(fd: int) -> bool:

@@ -31,6 +31,23 @@ def test_a_file_that_the_program_writes_is_there_for_the_caller(both):
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (owner.st_uid, owner.st_gid, 0o640)
 
 
+def test_a_file_in_tmp_is_not_seen_either(both, tmp_path):
+    """The program has a /tmp of its own."""
+    app = tmp_path / "app"
+    app.mkdir()
+    (tmp_path / "photo.jpg").write_text("pixels")
+    assert str(tmp_path).startswith("/tmp/")
+    code = "import sys; print(open(sys.argv[1]).read())"
+    ended = both.pocket("-c", code, f"--photo={tmp_path}/photo.jpg", "../photo.jpg", "..", cwd=app)
+    line = f"pocket: the program does not see {tmp_path}/photo.jpg; add --mount {tmp_path}/photo.jpg\n".encode()
+    assert ended.err.startswith(line + b"Traceback")
+    ended = both.pocket("-c", code, f"{tmp_path}/photo.jpg", cwd=app, options=("--mount", f"{tmp_path}/photo.jpg"))
+    assert (ended.status, ended.out, ended.err) == (0, b"pixels\n", b"")
+    # Named from a directory that is not the pocket's.
+    ended = both.pocket("-c", code, "photo.jpg", cwd=tmp_path, options=("--dir", str(app)))
+    assert ended.err.startswith(line)
+
+
 def test_an_argument_that_the_program_does_not_see_gets_one_line(both, elsewhere):
     (elsewhere / "photo.jpg").write_text("pixels")
     both.write("app.py", "import sys; print(open(sys.argv[1]).read())")
