@@ -26,7 +26,7 @@ from pocketd import containers, events, spawn
 from pocketd.definitions import ModelFactory, ModelFile, Service
 from pocketd.link import Link
 from pocketd.wire import Error, Message
-from runtime import runtimes
+from runtime import cold, runtimes
 
 START_TIMEOUT = 600.0  # seconds for a template to load: a cold page cache and a large model are slow
 BACKOFF = (1.0, 5.0, 30.0, 120.0)  # seconds before a template that died is made again
@@ -214,7 +214,11 @@ class RunningService:
         # Libraries that find no home make one in /tmp and remove it at exit, which in a worker is another /tmp. Huge
         # pages halve what a fork of a template costs.
         env = {**spawn.BARE, "HOME": "/tmp", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        env = {**env, **runtimes.get(d.runtime).ENVIRONMENT, **d.env}
+        # What pocketd itself was started with counts where the runtime reads it, as for any program started there.
+        runtime = runtimes.get(d.runtime)
+        pattern = cold.compiled(runtime.VARIABLES)
+        given = {name: value for name, value in os.environ.items() if runtime.VARIABLES and pattern.match(name)}
+        env = {**env, **runtime.ENVIRONMENT, **given, **d.env}
         begin = {
             "runtime": d.runtime,
             "preload": list(d.preload),

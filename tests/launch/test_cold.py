@@ -126,3 +126,23 @@ def test_a_cold_run_has_the_callers_ignored_signals_and_limits(both):
     assert both.pocket("-c", program, options=("--cold",), preexec_fn=prepare) == both.plain(
         "-c", program, preexec_fn=prepare
     )
+
+
+def test_a_service_has_the_variables_that_pocketd_was_started_with(own_pocketd, tmp_path, monkeypatch):
+    """Unless its definition says otherwise."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    daemon = own_pocketd("""
+        [service.plain]
+        runtime = "python"
+        [service.other]
+        runtime = "python"
+        env = { OMP_NUM_THREADS = "5" }
+    """)
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    done = daemon.pocket("run", "--service", "plain", "-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("3\n", "")
+    done = daemon.pocket("run", "--service", "other", "-c", code, cwd=tmp_path)
+    assert done.stdout == "3\n" and "OMP_NUM_THREADS differs" in done.stderr
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    done = daemon.pocket("run", "--service", "other", "-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("5\n", "")
