@@ -156,6 +156,7 @@ def test_who_may_run_a_pocket(own_pocketd, place):
     daemon.config.write_text(
         daemon.config.read_text() + configuration(place).partition("[pocket")[2].join(["[pocket", ""])
     )
+    usual = daemon.runtime_dir
     daemon.runtime_dir = Path(tempfile.mkdtemp(prefix="pocketd-test-"))
     try:
         daemon.start()
@@ -171,6 +172,7 @@ def test_who_may_run_a_pocket(own_pocketd, place):
     finally:
         daemon.close()
         shutil.rmtree(daemon.runtime_dir)
+        daemon.runtime_dir = usual
 
 
 def test_a_bad_pocket_disables_only_itself(own_pocketd, place):
