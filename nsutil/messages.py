@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import fcntl
 import os
 import socket
 import struct
@@ -153,11 +152,6 @@ def _descriptors(level: int, kind: int, block: bytes) -> tuple[int, ...]:
         return ()
     count = len(block) // 4
     return struct.unpack(f"{count}i", block[: count * 4])
-
-
-def no_cloexec(fd: int) -> None:
-    """Let `fd` pass through execve(2)."""
-    fcntl.fcntl(fd, fcntl.F_SETFD, 0)
 
 
 @contextlib.contextmanager

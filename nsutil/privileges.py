@@ -6,7 +6,6 @@ Sources: capabilities(7), prctl(2), keyctl_join_session_keyring(3), linux/capabi
 from __future__ import annotations
 
 import ctypes
-import resource
 import struct
 
 from nsutil.syscalls import (
@@ -75,11 +74,3 @@ def set_name(name: str) -> None:
     """The process's name as ps and top show it: at most 15 bytes."""
     text = ctypes.create_string_buffer(name.encode()[:15])
     prctl(PR_SET_NAME, ctypes.addressof(text), call="prctl(PR_SET_NAME)")
-
-
-def lower_limits(limits: dict[int, int]) -> None:
-    """Set soft and hard limits of setrlimit(2), never above what holds now."""
-    for kind, wanted in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        value = wanted if hard == resource.RLIM_INFINITY or 0 <= wanted <= hard else hard
-        resource.setrlimit(kind, (value, value))

@@ -99,17 +99,6 @@ def memory(pid: int) -> Memory:
     return Memory(sums["Private_"], sums["Shared_"], sums["Pss"])
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process with its reaped children. Raises Gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            text = f.read()
-    except OSError:
-        raise Gone(f"process {pid} has ended") from None
-    fields = text[text.rindex(b")") + 2 :].split()
-    return sum(int(v) for v in fields[11:15]) / os.sysconf("SC_CLK_TCK")
-
-
 # linux/prctl.h
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _title: list[object] = []  # the memory that the kernel reads /proc/self/cmdline from

@@ -195,12 +195,6 @@ class Init:
         self.watch(ours.fileno(), lambda: self.hear_template(t))
         self.watch(out, lambda: self.drain(t))
 
-    def on_end_template(self, message: Message, fds: Fds) -> None:
-        t = self.templates.get(message.get("template", -1))
-        if t and t.pid:
-            os.kill(t.pid, signal.SIGKILL)
-        self.tell({"id": message["id"], "ok": True})
-
     def drain(self, t: Template) -> bool:
         """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
         text = os.read(t.stderr, 65536)
