@@ -194,12 +194,14 @@ def make_leaf(service: RunningService, plan: Plan, identity: str) -> Cgroup:
     assert service.scope
     path = f"pockets/{plan.name}"
     with Cgroup("pockets", service.scope) as pockets, pockets.create(plan.name, exist_ok=True) as pocket:
-        pocket.enable(CONTROLLERS)
         try:
+            pocket.enable(CONTROLLERS)
             pocket.apply(plan.limits)
-        except LimitError as e:
-            raise Error("limit", f"pocket {plan.name}: {e}") from None
-        pocket.create(identity).close()
+            pocket.create(identity).close()
+        except (LimitError, OSError) as e:
+            if not pocket.names():  # made for this session, which will not be
+                pocket.remove()
+            raise Error("limit" if isinstance(e, LimitError) else "cgroup", f"pocket {plan.name}: {e}") from None
     return Cgroup(f"{path}/{identity}", service.scope)
 
 
