@@ -55,6 +55,11 @@ class Session:
     started: float
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def adopted(self) -> bool:
+        """Whether its leaf is somebody else's cgroup, which is never killed and never removed here."""
+        return self.note.get("adopted") is True
+
 
 class RunningService:
     """One service. `state` is "off", "starting", "on" or "failed" (then `why` says why)."""
@@ -304,7 +309,9 @@ class RunningService:
     async def drop_session(self, session: Session) -> None:
         """Remove a session's leaf, and its pocket's cgroup when it was the last."""
         leaf, session.leaf = session.leaf, None
-        if leaf:
+        if leaf and session.adopted:
+            leaf.close()
+        elif leaf:
             pocket = leaf.kernel_path.rsplit("/", 1)[0]
             await self._drop_leaf(leaf)
             if not any(s.pocket == session.pocket and s is not session for s in self.sessions.values()):
