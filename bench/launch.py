@@ -73,7 +73,7 @@ class Service:
     def __init__(self, runtime_dir: Path, name: str, scope: Path, daemon: int):
         self.runtime_dir = str(runtime_dir)
         self.name = name
-        self.scope = scope
+        self.scope = scope / "service"  # limits and processes are there; SCOPE itself is its manager's
         self.daemon = daemon
 
     @contextmanager

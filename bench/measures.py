@@ -35,7 +35,7 @@ def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> li
         control = stack.enter_context(service.control())
         plain = stack.enter_context(floor(service.template()))
         alive = stack.enter_context(floor(service.template()))
-        leaves = own.cgroup2() / f"{service.scope.parent.name}-floor"
+        leaves = own.cgroup2() / f"{service.scope.parent.parent.name}-floor"
         leaves.mkdir()
         stack.callback(leaves.rmdir)
         environment = {**ENVIRONMENT, "POCKETD_RUNTIME_DIR": service.runtime_dir}

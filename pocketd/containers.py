@@ -12,6 +12,7 @@ from cgroup.node import Cgroup
 from nsutil import messages
 from pocketd import environment, spawn, wire
 from pocketd.definitions import ModelFile, Service
+from pocketd.host import Host
 from pocketd.wire import Error, Message
 
 # A template imports our code from where the container shows it, and drops the path again.
@@ -21,14 +22,15 @@ _BOOT = (
 )
 
 
-async def make(definition: Service, scope: Cgroup, leaf: Cgroup, place: Path, log_path: Path) -> list[str] | None:
+async def make(definition: Service, host: Host, leaf: Cgroup, place: Path, log_path: Path) -> list[str] | None:
     """Make the container: PID 1 in `leaf`, listening on `place`/init.sock, logging to `log_path`.
 
     Returns the command of the service's root template; None where it needs none of the root file system's (`exec`).
     Raises Error with what the container said.
     """
     words, shown = await command(definition)
-    shown += [str(m.path) for m in definition.models.values() if isinstance(m, ModelFile)]
+    if any(isinstance(m, ModelFile) for m in definition.models.values()):
+        shown.append(str(host.models))
     root = place / "root"
     root.mkdir(parents=True, exist_ok=True)
     ours, theirs = messages.pair()
@@ -44,13 +46,13 @@ async def make(definition: Service, scope: Cgroup, leaf: Cgroup, place: Path, lo
         listener.listen(16)
         bare = {**spawn.BARE, "PYTHONPATH": environment.CODE}
         maker = [sys.executable, "-s", "-m", "runtime.container"]
-        child = spawn.spawn(maker, bare, stdin=theirs.fileno(), stderr=log, cgroup=scope.fd)
+        child = spawn.spawn(maker, bare, stdin=theirs.fileno(), stderr=log, cgroup=leaf.fd)
         theirs.close()
         specification = {
             "name": definition.name,
             "rootfs": str(definition.rootfs) if definition.rootfs else "host",
             "shown": shown,
-            "library": environment.library(),
+            "library": environment.copy_library(place / "lib"),
             "place": str(root),
         }
         wire.send(ours, specification, [listener.fileno(), log, leaf.fd])

@@ -6,6 +6,7 @@ A peer that sends what is no message loses its connection, and nobody else notic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -123,6 +124,14 @@ async def _off(c: Connection, message: Message, fds: Fds, progress: Callable[[st
     return {"already": already}
 
 
+async def _reload(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    c.must_be_root("reload a service")
+    service = c.daemon.service(wire.field(message, "name", str))
+    c.daemon.configure()
+    await service.reload(progress)
+    return {"generation": service.current.number if service.current else None}
+
+
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
     return observe.ps(c.daemon, c.peer)
 
@@ -143,6 +152,7 @@ OPERATIONS: dict[str, Operation] = {
     "describe": _describe,
     "on": _on,
     "off": _off,
+    "reload": _reload,
     "ps": _ps,
     "logs": _logs,
     "stop": _stop,
@@ -150,23 +160,28 @@ OPERATIONS: dict[str, Operation] = {
 
 
 class Control:
-    """The listening socket. It owns the socket and its name."""
+    """The listening socket. It owns the socket; and its name, unless a socket unit does, which passed it as `given`."""
 
-    def __init__(self, daemon: Daemon, path: str, group: int | None):
+    def __init__(self, daemon: Daemon, path: str, group: int | None, given: socket.socket | None = None):
         self.daemon = daemon
-        self.path = path
+        self.path = path if given is None else None
         self.connections: set[Any] = set()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock = given or self._bind(path, group)
+        self.sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(self.sock, self._accept)
+
+    @staticmethod
+    def _bind(path: str, group: int | None) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         temporary = f"{path}.{os.getpid()}"
         with short_name(temporary) as name:
-            self.sock.bind(name)
+            sock.bind(name)
         os.chmod(temporary, 0o660 if group is not None else 0o600)
         if group is not None:
             os.chown(temporary, 0, group)
-        self.sock.listen(1024)
-        self.sock.setblocking(False)
+        sock.listen(1024)
         os.rename(temporary, path)  # over the name that an earlier pocketd left
-        asyncio.get_running_loop().add_reader(self.sock, self._accept)
+        return sock
 
     def _accept(self) -> None:
         try:
@@ -190,9 +205,8 @@ class Control:
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.sock)
         self.sock.close()
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        if self.path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
         for connection in list(self.connections):
             connection.link.close("pocketd ends")

@@ -12,20 +12,22 @@ import platform
 import re
 import resource
 import signal
-import socket
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import prctl
 
 from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
 from cgroup.limits import CONTROLLERS
-from cgroup.node import Cgroup
 from nsutil import processes
-from pocketd import __version__, config, events, permissions
+from pocketd import __version__, config, events, permissions, supervision, systemd_units
 from pocketd.control import Control
 from pocketd.definitions import Config, Pocket, Service
+from pocketd.generation import Generation, Session
+from pocketd.host import Host
 from pocketd.identities import Identities
+from pocketd.scopes import Directories, Scopes, Units
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
 
@@ -35,18 +37,38 @@ OLDEST_KERNEL = (6, 1)
 class Daemon:
     """All that pocketd knows. Owns every descriptor in it."""
 
-    def __init__(self, settings: Config, hierarchy: Hierarchy, base: Cgroup, runtime_dir: Path, state_dir: Path):
-        self.config = settings
-        self.hierarchy = hierarchy
-        self.runtime_dir = runtime_dir
-        self.state_dir = state_dir
-        self.base = base
-        self.identities = Identities(state_dir / "ids.json")
+    def __init__(self, read: Callable[[], Config], host: Host):
+        self.read = read
+        self.host = host
+        self.identities = Identities(host.state_dir / "ids.json")
         self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self.services = {
-            name: RunningService(d, hierarchy, self.base, runtime_dir, state_dir)
-            for name, d in settings.services.items()
-        }
+        self.services: dict[str, RunningService] = {}
+        self.config = Config({}, {})
+        self.configure()
+
+    def configure(self) -> None:
+        """Read the configuration. What runs keeps the definition that it was made by."""
+        self.config = settings = self.read()
+        for problem in settings.problems:
+            where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
+            events.emit(
+                "config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message
+            )
+        for notice in settings.notices:
+            events.emit("config-notice", "notice", notice=notice)
+        for name, definition in settings.services.items():
+            if name in self.services:
+                self.services[name].definition = definition
+            else:
+                self.services[name] = RunningService(definition, self.host)
+        for name, service in list(self.services.items()):
+            # One that is on and has no definition any more can still be seen and switched off.
+            if name not in settings.services and service.state in ("off", "failed"):
+                del self.services[name]
+
+    def sessions(self) -> Iterator[tuple[Generation, Session]]:
+        for service in self.services.values():
+            yield from service.sessions()
 
     def service(self, name: str) -> RunningService:
         if name in self.services:
@@ -99,40 +121,36 @@ class Daemon:
 
     async def stop_sessions(self, name: str, peer: processes.Peer, timeout: int) -> int:
         """End a pocket's sessions, or the session of that id: SIGTERM, then for good. Returns how many there were."""
-        found = [
-            (service, s)
-            for service in self.services.values()
-            for s in service.sessions.values()
-            if name in (s.pocket, s.id)
-        ]
+        found = [(g, s) for g, s in self.sessions() if name in (s.pocket, s.id)]
         for _, s in found:
             if peer.uid not in (0, s.note.get("uid")):
                 raise Error("forbidden", f"{name} is not yours")
         if not found and name not in self.config.pockets:
             raise Error("not-found", f"there is no pocket or session {name!r}")
-        for service, s in found:
-            if service.init:
-                (await service.init.call("end", session=s.id, signal=int(signal.SIGTERM)))[1].close()
+        for g, s in found:
+            if g.init:
+                (await g.init.call("end", session=s.id, signal=int(signal.SIGTERM)))[1].close()
         waits = [asyncio.ensure_future(s.over.wait()) for _, s in found]
         if waits:
             await asyncio.wait(waits, timeout=timeout)
-        for (service, s), wait in zip(found, waits, strict=True):
-            if not wait.done() and service.init:
-                (await service.init.call("end", session=s.id))[1].close()
+        for (g, s), wait in zip(found, waits, strict=True):
+            if not wait.done() and g.init:
+                (await g.init.call("end", session=s.id))[1].close()
                 await wait
         return len(found)
 
     async def take_over(self) -> None:
         """Find again what an earlier pocketd left on."""
-        place = self.runtime_dir / "services"
+        found: dict[str, list[int]] = {}
+        place = self.host.runtime_dir / "services"
         for directory in sorted(place.iterdir()) if place.is_dir() else []:
-            name = directory.name
+            name, _, number = directory.name.partition(":")
+            found.setdefault(name, []).append(int(number or 1))
+        for name, numbers in found.items():
             if name not in self.services:
                 # It runs, and the configuration no longer has it: it can be seen and switched off.
-                self.services[name] = RunningService(
-                    Service(name), self.hierarchy, self.base, self.runtime_dir, self.state_dir
-                )
-            if not await self.services[name].adopt() and name not in self.config.services:
+                self.services[name] = RunningService(Service(name), self.host)
+            if not await self.services[name].adopt(numbers) and name not in self.config.services:
                 del self.services[name]
 
 
@@ -141,7 +159,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help=f"the configuration (default {config.DEFAULT_PATH})")
     parser.add_argument("--runtime-dir", type=Path, default=Path("/run/pocketd"), help="sockets (default %(default)s)")
     parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/pocketd"), help="what lasts (%(default)s)")
-    parser.add_argument("--cgroup", default=DEFAULT_BASE, help="beneath the cgroup2 mount (default %(default)s)")
+    parser.add_argument(
+        "--cgroup", help=f"beneath the cgroup2 mount (default: scopes of systemd, without it {DEFAULT_BASE})"
+    )
     parser.add_argument("--check", action="store_true", help="read the configuration, say what is wrong, and end")
     parser.add_argument("--version", action="version", version=f"pocketd {__version__}")
     return parser.parse_args()
@@ -161,21 +181,19 @@ def main() -> None:
     release = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
     if release < OLDEST_KERNEL:
         sys.exit(f"pocketd: needs Linux 6.1 or later; this is {platform.release()}")
-    base = hierarchy.base(options.cgroup, CONTROLLERS)
-    settings = read(functools.partial(hierarchy.refusals, offered=base.files()))
-    for problem in settings.problems:
-        where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
-        events.emit(
-            "config-problem", "error", file=where, key=problem.key, value=problem.value, problem=problem.message
-        )
-    for notice in settings.notices:
-        events.emit("config-notice", "notice", notice=notice)
+    if options.cgroup is None and systemd_units.booted():
+        scopes: Scopes = Units(hierarchy)
+        offered = None  # there is no cgroup yet that has the files of all controllers
+    else:
+        base = hierarchy.base(options.cgroup or DEFAULT_BASE, CONTROLLERS)
+        scopes, offered = Directories(base), base.files()
+    read = functools.partial(read, functools.partial(hierarchy.refusals, offered=offered))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.umask(0o022)
     prctl.set_name("pocketd")
     try:
-        asyncio.run(serve(options, settings, hierarchy, base))
+        asyncio.run(serve(options, read, hierarchy, scopes))
     except Error as e:
         sys.exit(f"pocketd: {e}")
 
@@ -189,40 +207,46 @@ def check(settings: Config) -> int:
     return 0
 
 
-async def serve(options: argparse.Namespace, settings: Config, hierarchy: Hierarchy, base: Cgroup) -> None:
+async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarchy: Hierarchy, scopes: Scopes) -> None:
     for path, mode in ((options.runtime_dir, 0o755), (options.state_dir, 0o700)):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(mode)
     check_length(options.runtime_dir)
     lock = take_lock(options.runtime_dir)
-    daemon = Daemon(settings, hierarchy, base, options.runtime_dir.resolve(), options.state_dir.resolve())
+    daemon = Daemon(read, Host(hierarchy, scopes, options.runtime_dir.resolve(), options.state_dir.resolve()))
     await daemon.take_over()
     try:
         group = grp.getgrnam("pocket").gr_gid
     except KeyError:
         group = None
-    control = Control(daemon, str(options.runtime_dir / "pocketd.sock"), group)
+    control = Control(daemon, str(options.runtime_dir / "pocketd.sock"), group, supervision.listening_socket())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    events.emit("started", version=__version__, runtime_dir=options.runtime_dir, cgroup=daemon.base.directory)
-    notify("READY=1")
-    boots = asyncio.ensure_future(boot(daemon))
+    loop.add_signal_handler(signal.SIGHUP, reconfigure, daemon)
+    events.emit("started", version=__version__, runtime_dir=options.runtime_dir, scopes=scopes.where)
+    supervision.notify("READY=1")
+    beside = [asyncio.ensure_future(task) for task in (boot(daemon), supervision.watchdog())]
     await stop.wait()
-    notify("STOPPING=1")
-    boots.cancel()
+    supervision.notify("STOPPING=1")
+    for task in beside:
+        task.cancel()
     control.close()
+    remains = [name for name, service in daemon.services.items() if any(service.generations())]
     for service in daemon.services.values():
         service.leave()
-    remains = [s.name for s in daemon.services.values() if s.scope]
-    if not remains:
-        try:
-            daemon.base.remove()
-        except OSError:
-            pass  # somebody else's cgroups are in it
+    scopes.close()
     events.emit("ended", services_left_on=remains)
     os.close(lock)
+
+
+def reconfigure(daemon: Daemon) -> None:
+    """SIGHUP: the configuration again. A service that runs takes its new definition by `pocket reload`."""
+    supervision.reloading()
+    daemon.configure()
+    events.emit("reloaded", services=len(daemon.config.services), pockets=len(daemon.config.pockets))
+    supervision.notify("READY=1")
 
 
 async def boot(daemon: Daemon) -> None:
@@ -250,18 +274,6 @@ def take_lock(runtime_dir: Path) -> int:
     except BlockingIOError:
         raise Error("running", f"another pocketd has {runtime_dir}; give this one a --runtime-dir of its own") from None
     return fd
-
-
-def notify(state: str) -> None:
-    """sd_notify(3), where there is somebody to notify."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-            try:
-                s.connect("\0" + path[1:] if path.startswith("@") else path)
-                s.send(state.encode())
-            except OSError as e:  # who started us is gone, or never listened; the work goes on
-                events.emit("notify-failed", "warning", why=str(e))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,6 +26,8 @@ Runtime = Literal["tensorflow", "python", "exec"]
 Start = Literal["demand", "boot", "manual"]
 Exit = Literal["fast", "full"]
 Network = Literal["none", "host"]
+Reload = Literal["beside", "replace"]
+Idle = Literal["keep", "reclaim"]
 
 
 def _empty() -> Any:
@@ -60,6 +62,35 @@ class Service:
     preload: tuple[str, ...] = ()  # modules that runtime "python" imports
     models: Mapping[str, ModelFile | ModelFactory] = _empty()
     limits: Limits = _empty()
+    reload: Reload = "beside"
+    stop_timeout: float = 10.0  # seconds that workers have from SIGTERM to SIGKILL at power-off and `pocket off`
+    idle: Idle = "keep"
+    idle_after: float = 60.0  # seconds without work before idle memory is reclaimed
+
+    def wire(self) -> dict[str, Any]:
+        """It as a map of plain values, for `unwire`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        models = {
+            name: str(m.path) if isinstance(m, ModelFile) else f"{m.module}:{m.attribute}"
+            for name, m in self.models.items()
+        }
+        paths = {key: str(values[key]) if values[key] else None for key in ("rootfs", "python")}
+        plain = {"env": dict(self.env), "limits": dict(self.limits), "preload": list(self.preload)}
+        return {**values, **paths, **plain, "models": models}
+
+    @classmethod
+    def unwire(cls, m: Mapping[str, Any]) -> Service:
+        """What `wire` made, by this version or the one before: what it does not know is left out."""
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in m.items() if key in known}
+        values.update({key: Path(values[key]) for key in ("rootfs", "python") if values.get(key)})
+        values.update({key: MappingProxyType(values[key]) for key in ("env", "limits") if key in values})
+        values["preload"] = tuple(values.get("preload", ()))
+        models = {
+            name: ModelFile(Path(text)) if text.startswith("/") else ModelFactory(*text.split(":", 1))
+            for name, text in m.get("models", {}).items()
+        }
+        return cls(**{**values, "models": MappingProxyType(models)})
 
 
 @dataclass(frozen=True)

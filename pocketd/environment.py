@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,23 @@ import json, os, sys
 print(json.dumps([list(sys.version_info[:3]), sys.executable, os.path.realpath(sys.executable),
                   sys.prefix, sys.base_prefix, sys.exec_prefix, *[p for p in sys.path if p]]))
 """
+
+
+def copy_library(place: Path) -> list[list[str]]:
+    """Copy our code that a service imports to `place`: (host path, name beneath the service's library directory).
+
+    A service goes on with the code that it was made with when another version is installed over it.
+    """
+    copied = []
+    for path, name in library():
+        target = place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(path):
+            shutil.copytree(path, target, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, target)
+        copied.append([str(target), name])
+    return copied
 
 
 def library() -> list[list[str]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cgroup.node import Cgroup
 from nsutil import processes
 from pocketd import permissions
-from pocketd.services import RunningService, Session
+from pocketd.generation import Generation, Session
+from pocketd.services import RunningService
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -30,23 +31,26 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
                 "runtime": d.runtime,
                 "state": service.state,
                 "why": service.why.message if service.why and peer.uid == 0 else None,
-                "pid": service.init_pid if service.state == "on" else None,
+                "pid": service.current.init_pid if service.current else None,
                 "age": now - service.since,
+                "generation": service.current.number if service.current else None,
+                "generations": [_generation(g) for g in service.generations()],
                 "models": sorted(d.models),
             }
         )
-        for t in service.templates.values() if peer.uid == 0 else ():
-            state = "ready" if t.ready else "loading"
+        for g, t in service.templates() if peer.uid == 0 else ():
+            state = "stale" if t.stale else "ready" if t.ready else "loading"
             row = {"service": d.name, "number": t.number, "kind": t.kind, "models": list(t.models), "state": state}
-            templates.append({**row, "pid": t.pid, "age": now - t.started, **usage(t.leaf)})
-        for s in service.sessions.values():
+            templates.append({**row, "generation": g.number, "pid": t.pid, "age": now - t.started, **usage(t.leaf)})
+        for g, s in service.sessions():
             if peer.uid not in (0, s.note.get("uid")):
                 continue
             row = {"session": s.id, "pocket": s.pocket, "service": d.name, "mode": s.note.get("mode")}
             row.update(pid=s.pid, state="running" if s.pid else "starting", age=now - s.started)
-            row.update(directory=s.note.get("directory"), **usage(s.leaf))
+            row.update(directory=s.note.get("directory"))
+            row.update(generation=g.number, **usage(s.leaf))
             workers.append(row)
-            pockets[s.pocket] = _pocket(service, s)
+            pockets[s.pocket] = _pocket(service, g, s)
     for name, definition in daemon.config.pockets.items():
         idle = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
         pockets.setdefault(name, idle)
@@ -57,12 +61,23 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
     return {"services": services, "templates": templates, "pockets": rows, "workers": workers}
 
 
-def _pocket(service: RunningService, session: Session) -> dict[str, Any]:
-    count = sum(1 for s in service.sessions.values() if s.pocket == session.pocket)
-    row = {"name": session.pocket, "service": service.name, "state": "running", "workers": count, "charged": None}
-    if session.leaf and service.scope:
+def _generation(g: Generation) -> dict[str, Any]:
+    """What only this generation still holds is its templates' and its sessions' memory."""
+    row: dict[str, Any] = {"number": g.number, "sessions": len(g.sessions), "pid": g.init_pid, "charged": None}
+    if g.tree:
         try:
-            with Cgroup(f"pockets/{session.pocket}", service.scope) as pocket:
+            row["charged"] = g.tree.stats().memory_current
+        except OSError:
+            pass  # it ended just now
+    return row
+
+
+def _pocket(service: RunningService, g: Generation, session: Session) -> dict[str, Any]:
+    count = sum(1 for _, s in service.sessions() if s.pocket == session.pocket)
+    row = {"name": session.pocket, "service": service.name, "state": "running", "workers": count, "charged": None}
+    if session.leaf and g.tree:
+        try:
+            with Cgroup(f"pockets/{session.pocket}", g.tree) as pocket:
                 row["charged"] = pocket.stats().memory_current
         except OSError:
             pass  # it ended just now

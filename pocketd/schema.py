@@ -174,6 +174,15 @@ def count(value: object) -> int:
     return value
 
 
+def seconds(least: float, most: float) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise Invalid(f"is not a number of seconds; write one from {least:g} to {most:g}")
+        return float(value)
+
+    return parse
+
+
 def absolute(value: object) -> Path:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value or ".." in value.split("/"):
         raise Invalid('is not an absolute path; write one such as "/srv/detect", without ".."')
@@ -332,6 +341,10 @@ def service(name: str, reader: Reader, refusals: Refusals) -> Service:
         preload=reader.take("preload", several(module, 'preload = ["torch"]'), ()),
         models=reader.within("models").each(model),
         limits=limits(reader.within("limits"), refusals),
+        reload=reader.take("reload", choice("beside", "replace"), "beside"),  # type: ignore[arg-type]
+        stop_timeout=reader.take("stop_timeout", seconds(0, 600), 10.0),
+        idle=reader.take("idle", choice("keep", "reclaim"), "keep"),  # type: ignore[arg-type]
+        idle_after=reader.take("idle_after", seconds(1, 86400), 60.0),
     )
     if found.rootfs is None and found.python is not None and not os.access(found.python, os.X_OK):
         reader.fail("python", "is not a program that exists; name a Python interpreter")

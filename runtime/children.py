@@ -50,6 +50,7 @@ class Template:
     request: Any
     pid: int = 0
     ready: Optional[Message] = None
+    files: int = -1  # a memfd that lists what it imported (runtime.imported)
     tail: List[bytes] = field(default_factory=list)  # its last lines, for the error when it does not get ready
 
     def summary(self) -> Message:

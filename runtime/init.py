@@ -47,6 +47,7 @@ class Init:
         self.launching: Dict[int, Session] = {}
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
         self.spare: Optional[clone.Child] = None  # the next session's pause
+        self.kept: Any = None
         self.running = True
 
     # -- the loop
@@ -96,6 +97,10 @@ class Init:
             return
         if self.daemon:  # a new pocketd takes the place of one that died
             self.forget_daemon()
+        for s in self.sessions.values():
+            s.request = None  # the ids of requests are the new one's own
+        for t in self.templates.values():
+            t.request = None
         self.daemon = sock
         self.watch(sock.fileno(), self.hear_daemon)
 
@@ -131,11 +136,16 @@ class Init:
                 self.tell({"id": message.get("id"), "error": Error("kernel", str(e)).wire()})
 
     def on_hello(self, message: Message, fds: Fds) -> None:
-        """What is here. Ended sessions stay listed until `forget` names them."""
+        """What is here. Ended sessions stay listed until `forget` names them.
+
+        `keep` is pocketd's own word about the service (its definition), given back from then on.
+        """
+        self.kept = message.get("keep") or self.kept
         self.tell(
             {
                 "id": message["id"],
                 "ok": True,
+                "kept": self.kept,
                 "sessions": [s.summary() for s in self.sessions.values()],
                 "templates": [t.summary() for t in self.templates.values()],
                 "ended": list(self.ended.values()),
@@ -215,11 +225,17 @@ class Init:
             operation = message.get("op")
             if operation == "progress" and t.request is not None:
                 self.tell({"id": t.request, "progress": message.get("text", "")})
-            elif operation == "ready" and t.request is not None:
+            elif operation == "ready" and t.ready is None:
                 t.ready = {k: v for k, v in message.items() if k not in ("v", "op")}
-                self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
+                t.files = fds.take() if len(fds) else -1
+                head = (
+                    {"op": "template-ready", "template": t.number}
+                    if t.request is None
+                    else {"id": t.request, "ok": True}
+                )
+                self.tell({**head, "pid": t.pid, **t.ready}, [t.files] if t.files >= 0 else [])
                 t.request = None
-            elif operation == "failed" and t.request is not None:
+            elif operation == "failed" and t.ready is None:
                 self.refuse_template(t, message.get("error"))
             elif operation == "forked" and "template" in message:
                 child = self.templates.get(message["template"])
@@ -242,6 +258,17 @@ class Init:
         self.tell({"id": t.request, "error": e.wire()})
         t.request = None
 
+    def on_retire(self, message: Message, fds: Fds) -> None:
+        """A template is not needed any more: it serves what was asked of it and ends, as at a closed socket."""
+        t = self.templates.get(message["template"])
+        if t:
+            t.talk.shutdown(socket.SHUT_WR)
+
+    def on_files(self, message: Message, fds: Fds) -> None:
+        """Which files a template is made of (runtime.imported), asked by a pocketd that was not there when it began."""
+        t = self.templates.get(message["template"])
+        self.tell({"id": message["id"], "ok": True}, [t.files] if t and t.files >= 0 else [])
+
     def lose(self, t: Template) -> None:
         """A template has ended. Its workers live on; launches that wait for it fail."""
         if t.request is not None:
@@ -250,6 +277,8 @@ class Init:
         t.talk.close()
         self.unwatch(t.stderr)
         os.close(t.stderr)
+        if t.files >= 0:
+            os.close(t.files)
         self.templates.pop(t.number, None)
         for s in [s for s in self.sessions.values() if s.template == t.number and not s.pid]:
             self.fail(s, Error("template", f"template {t.number} ended during the launch"))
@@ -318,7 +347,8 @@ class Init:
 
     def born(self, s: Session, pid: int, pidfd: int) -> None:
         s.pid, s.pidfd, s.started = pid, pidfd, time.time()
-        self.tell({"id": s.request, "ok": True, "pid": pid}, [pidfd])
+        head = {"op": "session-born", "session": s.id} if s.request is None else {"id": s.request, "ok": True}
+        self.tell({**head, "pid": pid}, [pidfd])
         s.request = None
         if pid in self.unclaimed:  # it ended before its template could say that it was born
             self.died(s, self.unclaimed.pop(pid))

@@ -15,12 +15,15 @@ from pocketd.wire import Error
 from runtime.interface import CannotLoad, Model
 
 
-def load(runtime: Any, name: str, source: str) -> Model:
-    """Load and rehearse a deployed model. Raises Error("model") when there is none, and what its code raises."""
+def load(runtime: Any, name: str, source: str, said: str = "") -> Model:
+    """Load and rehearse a deployed model; `said` is what its definition calls it.
+
+    Raises Error("model") when there is none, and what its code raises.
+    """
     try:
         model = _load_path(runtime, source) if source.startswith("/") else _make(runtime, source)
     except (CannotLoad, FileNotFoundError) as e:
-        raise Error("model", f"model {name} ({source}): {e}") from e
+        raise Error("model", f"model {name} ({said or source}): {e}") from e
     model.rehearse()
     return model
 

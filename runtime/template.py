@@ -20,7 +20,7 @@ from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, interpreter, models, randomness, runtimes, worker
+from runtime import cold, imported, interpreter, models, randomness, runtimes, worker
 
 # A private network namespace unless the pocket may use the host's.
 _FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
@@ -68,8 +68,9 @@ def warm(template: Template) -> None:
             template.runtime.preload(begin["preload"])
         else:
             for name, source in begin["models"].items():
-                template.say({"op": "progress", "text": f"loading model {name} ({source})"})
-                template.models[name] = models.load(template.runtime, name, source)
+                said = begin.get("named", {}).get(name, source)
+                template.say({"op": "progress", "text": f"loading model {name} ({said})"})
+                template.models[name] = models.load(template.runtime, name, source, said)
         # What an import itself set (TF2_BEHAVIOR) a caller that imported it too has as well: no difference.
         begin["environment"] = dict(os.environ)
         privatized = clone.privatize_shared_mappings()
@@ -79,6 +80,7 @@ def warm(template: Template) -> None:
             what = "; ".join(str(o) for o in refused)
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
+        files = imported.snapshot()
         cold.expression(template.runtime)
         randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
         gc.collect()
@@ -98,8 +100,10 @@ def warm(template: Template) -> None:
             "threads": len(os.listdir("/proc/self/task")),
             "privatized": privatized,
             "models": sorted(template.models),
-        }
+        },
+        [files],
     )
+    os.close(files)
 
 
 def serve(template: Template) -> Optional[Template]:

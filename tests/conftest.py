@@ -123,7 +123,7 @@ class Pocketd:
 
     def leaves(self) -> list[str]:
         """The cgroups of sessions that there are, by the kernel."""
-        return sorted(str(p) for p in self.cgroup_path.glob("*.scope/pockets/*") if p.is_dir())
+        return sorted(str(p) for p in self.cgroup_path.glob("*.scope/service/pockets/*") if p.is_dir())
 
     def settled(self) -> bool:
         """Wait until no session has a cgroup any more; False when that does not come within the time-out."""

@@ -39,7 +39,7 @@ def say(process, text=b"\n"):
 
 def leaf_of(pocketd, directory):
     worker = next(w for w in pocketd.workers() if w["directory"] == str(directory))
-    return next(pocketd.cgroup_path.glob(f"*/pockets/*/{worker['session']}")), worker
+    return next(pocketd.cgroup_path.glob(f"*/service/pockets/*/{worker['session']}")), worker
 
 
 WORK = """

@@ -114,7 +114,7 @@ def test_a_limit_is_a_kernel_file_of_the_pocket(own_pocketd, place, begun):
     (place / "app/show.py").write_text("import sys; print('ready', flush=True); sys.stdin.read()")
     daemon = own_pocketd(configuration(place, 'limits = { "hugetlb.2MB.max" = "4M" }'))
     process = begun(daemon.command("show"), env=daemon.environment, stdin=subprocess.PIPE)
-    (pocket,) = daemon.cgroup_path.glob("*.scope/pockets/show")
+    (pocket,) = daemon.cgroup_path.glob("*.scope/service/pockets/show")
     assert (pocket / "hugetlb.2MB.max").read_text() == f"{4 << 20}\n"
     process.communicate(timeout=TIMEOUT)
     assert wait_for(lambda: not pocket.exists())

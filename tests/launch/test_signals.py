@@ -228,7 +228,7 @@ CHILDREN = """
 def test_the_end_of_the_command_is_the_end_of_its_worker_and_all_its_children(both, begun, number):
     both.write("app.py", CHILDREN)
     process = begun(both.pocket_command("app.py"), env=both.environment(None), cwd=both.place)
-    leaf = next(p for p in both.pocketd.cgroup_path.glob("*/pockets/*/*/cgroup.procs") if _is_of(p, both.place))
+    leaf = next(p for p in both.pocketd.cgroup_path.glob("*/service/pockets/*/*/cgroup.procs") if _is_of(p, both.place))
     pids = [int(pid) for pid in leaf.read_text().split()]
     assert len(pids) >= 4  # the program, its two forks, its subprocess
     process.send_signal(signal.SIGKILL)

@@ -252,7 +252,7 @@ def test_stop_and_go_on_by_the_keyboard(terminal, both):
     t = terminal(WORKING)
     t.until(b"ready")
     worker = next(w for w in both.pocketd.workers() if w["directory"] == str(both.place))
-    leaf = next(p for p in both.pocketd.cgroup_path.glob(f"*/pockets/*/{worker['session']}/cgroup.procs"))
+    leaf = next(p for p in both.pocketd.cgroup_path.glob(f"*/service/pockets/*/{worker['session']}/cgroup.procs"))
     running = [pid for pid in map(int, leaf.read_text().split()) if _name(pid) != "pause"]
     t.type(b"\x1a")
     assert stopped(t.pid)

@@ -1,0 +1,350 @@
+"""One generation of a service: a container with its init, templates and sessions, as the kernel confirms them.
+
+pocketd holds nothing that it could not learn again: after a restart it connects to each init in the runtime directory,
+asks what is there, and checks that against the cgroups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cgroup.hierarchy import path_of
+from cgroup.limits import CONTROLLERS
+from cgroup.node import Cgroup
+from nsutil import messages, processes
+from nsutil.messages import Fds
+from pocketd import containers, events, weights
+from pocketd.definitions import ModelFactory, ModelFile, Service
+from pocketd.link import Link
+from pocketd.templates import Progress, Templates
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.host import Host
+
+
+@dataclass
+class Session:
+    id: str
+    pocket: str
+    note: Message
+    leaf: Cgroup | None
+    pid: int  # as the host counts; 0 until it is born
+    started: float
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether its leaf is somebody else's cgroup, which is never killed and never removed here."""
+        return self.note.get("adopted") is True
+
+
+class Generation:
+    """A service as it was made once. `changed` is told when its last session has ended and when its init is lost.
+
+    `running` from when its templates are ready until it is cleared or lost.
+    """
+
+    def __init__(
+        self, definition: Service, host: Host, number: int, changed: Callable[[Generation, Error | None], None]
+    ):
+        self.definition = definition
+        self.number = number
+        self.host = host
+        label = definition.name if number == 1 else f"{definition.name}:{number}"
+        self.place = host.runtime_dir / "services" / label
+        self.scope_name = f"pocketd-{label}.scope"
+        self.log_path = host.state_dir / "services" / f"{definition.name}.log"
+        self.tree: Cgroup | None = None
+        self.init: Link | None = None
+        self.init_pid = 0
+        self.running = False
+        self.started = time.time()
+        self.templates = Templates(self)
+        self.sessions: dict[str, Session] = {}
+        self.command: list[str] | None = None
+        self.models: dict[str, str] = {}  # name -> what a template is told to load
+        self.logins = 0  # in progress
+        self._changed = changed
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    # -- its beginning
+
+    async def start(self, progress: Progress) -> None:
+        """Make it; returns when its templates are ready. Raises Error, OSError, ConnectionError: then `clear` it."""
+        progress(f"{self.name}: making the container")
+        await self.sweep()
+        for name, model in self.definition.models.items():
+            self.models[name] = await self._source(name, model)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        async with self.host.scopes.making(self.scope_name, self.definition.stop_timeout) as self.tree:
+            with self.tree.create("init") as leaf:
+                self.command = await containers.make(self.definition, self.host, leaf, self.place, self.log_path)
+        self.tree.enable(CONTROLLERS)
+        for part in ("templates", "pockets"):
+            with self.tree.create(part) as child:
+                child.enable(CONTROLLERS)
+        self.tree.apply(self.definition.limits)
+        await self._connect({"definition": self.definition.wire(), "models": self.models})
+        await self.templates.get(None, progress)
+        if self.definition.models:
+            await self.templates.get(frozenset(self.definition.models), progress)
+        self.running = True
+
+    async def _source(self, name: str, model: ModelFile | ModelFactory) -> str:
+        """What a template loads: a factory, or a private copy of a file."""
+        if isinstance(model, ModelFactory):
+            return f"{model.module}:{model.attribute}"
+        return str(await weights.copy(model.path, self.host.models, name))
+
+    async def _connect(self, keep: Message | None = None) -> None:
+        """Connect to init, and believe it only as far as the kernel says that it is ours."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with messages.short_name(str(self.place / "init.sock")) as name:
+                sock.connect(name)
+            self.init = Link(sock, self._event, self._lost)
+        except BaseException:
+            sock.close()
+            raise
+        message, fds = await self.init.call("hello", keep=keep)
+        fds.close()
+        try:
+            peer = processes.peer(sock)
+        except processes.Gone:
+            raise Error("service", "its init has ended") from None
+        os.close(peer.pidfd)
+        self.init_pid = peer.pid
+        self._believe(message)
+
+    def _believe(self, hello: Message) -> None:
+        """Take over what init says is there, where the kernel has a cgroup for it."""
+        kept = hello.get("kept")
+        if kept:  # what runs keeps the definition that it was made by, whatever the configuration says by now
+            self.definition = Service.unwire(kept["definition"])
+            self.models = kept["models"]
+        self.templates.adopt(hello["templates"])
+        for s in hello["sessions"]:
+            note = s["note"]
+            try:
+                leaf = self.host.hierarchy.open(note["leaf"])
+            except (FileNotFoundError, ValueError):
+                continue
+            self.sessions[s["session"]] = Session(
+                s["session"], note["pocket"], note, leaf, _host_pid(leaf, s["pid"]), s["started"]
+            )
+        for s in hello["ended"]:
+            self.keep(self._end_session(s["session"]))
+
+    # -- what init says by itself
+
+    def _event(self, message: Message, fds: Fds) -> None:
+        with fds:
+            op = message.get("op")
+            if op == "session-ended":
+                self.keep(self._end_session(message["session"], message.get("status")))
+            elif op == "session-born" and message["session"] in self.sessions:  # asked for by the pocketd before
+                session = self.sessions[message["session"]]
+                if len(fds):
+                    session.pid = _pid(fds.take())
+            elif op == "template-ready" and message["template"] in self.templates.by_number:
+                self.templates.ready(self.templates.by_number[message["template"]], message, fds)
+            elif op == "template-ended":
+                self.templates.lost(message["template"])
+
+    def _lost(self, reason: str) -> None:
+        """Init is gone, and all in its pid namespace with it; or it closed the connection, which it never does."""
+        self.init = None
+        if self.running:
+            self.running = False
+            self._changed(self, Error("service", f"service {self.name} ended: its init is gone ({reason})"))
+
+    async def _end_session(self, identity: str, status: int | None = None) -> None:
+        session = self.sessions.get(identity)
+        if session:
+            code = os.waitstatus_to_exitcode(status) if status is not None else None
+            events.emit("session-ended", service=self.name, pocket=session.pocket, session=identity, status=code)
+            await self.drop_session(session)
+        if self.init:
+            await self.init.send({"op": "forget", "session": identity})
+
+    async def drop_session(self, session: Session) -> None:
+        """Remove a session's leaf, and its pocket's cgroup when it was the last."""
+        leaf, session.leaf = session.leaf, None
+        if leaf and session.adopted:
+            leaf.close()
+        elif leaf:
+            pocket = leaf.kernel_path.rsplit("/", 1)[0]
+            await self.drop_leaf(leaf)
+            if not any(s.pocket == session.pocket and s is not session for s in self.sessions.values()):
+                try:
+                    with self.host.hierarchy.open(pocket) as parent:
+                        parent.remove()
+                except OSError:
+                    pass  # another launch of this pocket has a leaf there already
+        self.sessions.pop(session.id, None)
+        session.over.set()
+        if not self.occupied:
+            self._changed(self, None)
+
+    @property
+    def occupied(self) -> bool:
+        return bool(self.sessions) or self.logins > 0
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """A login is in progress: a generation that is not the current one any more waits for it."""
+        self.logins += 1
+        try:
+            yield
+        finally:
+            self.logins -= 1
+            if not self.occupied:
+                self._changed(self, None)
+
+    async def drop_leaf(self, leaf: Cgroup) -> None:
+        try:
+            with leaf.watch() as watch:
+                try:
+                    await watch.empty(10.0)
+                except TimeoutError:
+                    leaf.kill()
+                    await watch.empty(10.0)
+            leaf.remove()
+        except (OSError, TimeoutError) as e:
+            if self.tree:  # else the whole tree goes, and took it along
+                events.emit("cgroup-left", "warning", service=self.name, why=str(e))
+        finally:
+            leaf.close()
+
+    # -- its end
+
+    async def end(self) -> None:
+        """End every session, and leave nothing."""
+        self.running = False
+        if self.init:
+            try:
+                (await self.init.call("stop", timeout=5.0))[1].close()
+            except (Error, ConnectionError):
+                pass
+        await self.clear()
+
+    async def clear(self) -> None:
+        """Leave nothing: no process, no cgroup, no socket."""
+        self.running = False
+        if self.init:
+            self.init.close("the service is off")
+            self.init = None
+        if self.tree:
+            tree, self.tree = self.tree, None
+            for session in self.sessions.values():
+                if session.leaf:
+                    session.leaf.close()
+                session.over.set()
+            self.templates.close()
+            await self.host.scopes.end(self.scope_name, tree)
+        self.sessions.clear()
+        shutil.rmtree(self.place, ignore_errors=True)
+
+    async def sweep(self) -> None:
+        """End what a generation of this name left that nobody holds any more."""
+        tree = self.host.scopes.find(self.scope_name)
+        if tree:
+            await self.host.scopes.end(self.scope_name, tree, patience=0.0)
+
+    # -- after a restart
+
+    async def adopt(self) -> bool:
+        """Take it over if its init is there and is ours by the kernel's word; otherwise clear it."""
+        try:
+            self.tree = self.host.scopes.find(self.scope_name)
+            if self.tree is None:
+                raise Error("service", f"there is no cgroup {self.scope_name}")
+            await self._connect()
+            wanted, found = f"{self.tree.kernel_path}/init", path_of(self.init_pid)
+            if found != wanted:
+                raise Error("service", f"what listens as its init is in {found}, not in {wanted}")
+        except (OSError, Error, ConnectionError) as e:
+            events.emit("service-not-adopted", "notice", service=self.name, generation=self.number, why=str(e))
+            await self.clear()
+            return False
+        self.running = True
+        await self._sweep_leaves()
+        self.keep(self.templates.look_at_files())
+        return True
+
+    async def _sweep_leaves(self) -> None:
+        """Leaves that no session has: their launch did not come to an end before the old pocketd did."""
+        assert self.tree
+        live = {s.leaf.kernel_path for s in self.sessions.values() if s.leaf}
+        with Cgroup("pockets", self.tree) as pockets:
+            for name in pockets.names():
+                with Cgroup(f"pockets/{name}", self.tree) as pocket:
+                    for leaf_name in pocket.names():
+                        leaf = Cgroup(f"pockets/{name}/{leaf_name}", self.tree)
+                        if leaf.kernel_path in live:
+                            leaf.close()
+                        else:
+                            await self.drop_leaf(leaf)
+                    if not pocket.names():
+                        pocket.remove()
+        with Cgroup("templates", self.tree) as templates:
+            for name in templates.names():
+                if int(name) not in self.templates.by_number:
+                    await self.drop_leaf(Cgroup(f"templates/{name}", self.tree))
+
+    def leave(self) -> None:
+        """pocketd ends; the generation goes on."""
+        self.running = False
+        if self.init:
+            self.init.close("pocketd ends")
+
+    # -- tasks
+
+    def keep(self, coroutine: Any) -> None:
+        """Run beside; a task that nobody holds may be collected in mid-flight."""
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            events.emit("task-failed", "error", service=self.name, why=repr(task.exception()))
+
+
+def _pid(pidfd: int) -> int:
+    """The pid of a worker; 0 when it has ended already. Closes the descriptor."""
+    try:
+        return processes.pid_of(pidfd)
+    except processes.Gone:
+        return 0
+    finally:
+        os.close(pidfd)
+
+
+def _host_pid(leaf: Cgroup, pid_in_service: int) -> int:
+    """The pid here of the process in `leaf` that init knows by `pid_in_service`; 0 when the kernel shows none."""
+    for pid in leaf.processes():
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        found = re.search(r"^NSpid:\s+(.*)$", text, re.MULTILINE)
+        if found and str(pid_in_service) in found[1].split()[1:-1]:
+            return pid
+    return 0

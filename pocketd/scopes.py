@@ -1,0 +1,125 @@
+"""Where services' cgroups are: SCOPE/service/{init,templates,pockets}, apart from pocketd's own, which they outlive.
+
+SCOPE is a transient scope unit under systemd (systemd_units.py), else a directory beneath `--cgroup`. Limits of a
+service stand on SCOPE/service, never on SCOPE: that one is the unit's, and systemd writes its attributes again at each
+daemon-reload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
+
+from cgroup.hierarchy import Hierarchy
+from cgroup.limits import CONTROLLERS
+from cgroup.node import Cgroup
+from nsutil import clone
+from pocketd import spawn, systemd_units
+
+TREE = "service"
+SLICE = "pocketd.slice"
+
+
+class Scopes(Protocol):
+    """How scopes are made, found and ended. The caller owns the cgroups that are returned."""
+
+    where: str  # for people
+
+    def making(self, name: str, stop_timeout: float) -> AbstractAsyncContextManager[Cgroup]:
+        """The new scope's tree, into which the first process is to be born meanwhile. Raises Error, OSError."""
+
+    def find(self, name: str) -> Cgroup | None:
+        """The tree of a scope that is there."""
+
+    async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
+        """Wait `patience` seconds for its processes to end, kill those that are left, and remove it all."""
+
+    def close(self) -> None:
+        """pocketd ends: remove what only it needed."""
+
+
+class Directories:
+    """Scopes as plain directories beneath a base."""
+
+    def __init__(self, base: Cgroup):
+        self.base = base
+        self.where = base.directory
+
+    @asynccontextmanager
+    async def making(self, name: str, stop_timeout: float) -> AsyncIterator[Cgroup]:
+        scope = self.base.create(name, exist_ok=True)
+        scope.enable(CONTROLLERS)
+        yield scope.create(TREE)
+
+    def find(self, name: str) -> Cgroup | None:
+        return _tree(name, self.base)
+
+    async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
+        await _empty(tree, patience)
+        tree.remove()
+        if tree.parent:
+            tree.parent.remove()
+
+    def close(self) -> None:
+        try:
+            self.base.remove()
+        except OSError:
+            pass  # services are on, or somebody else's cgroups are in it
+
+
+class Units:
+    """Scopes as transient units of systemd, delegated to us, in pocketd.slice."""
+
+    def __init__(self, hierarchy: Hierarchy):
+        self.hierarchy = hierarchy
+        self.where = SLICE
+
+    @asynccontextmanager
+    async def making(self, name: str, stop_timeout: float) -> AsyncIterator[Cgroup]:
+        # A scope unit begins with a process; this one leaves it when the service's own is there.
+        holder = clone.pause(flags=0)
+        try:
+            await systemd_units.start_scope(name, holder.pid, SLICE, "A warm service of pocketd", stop_timeout)
+            scope = Cgroup(self._path(name), self.hierarchy.root)
+            yield scope.create(TREE)
+        finally:
+            await spawn.ended(holder, 0.0)
+        scope.enable(CONTROLLERS)  # no process stands in it any more
+
+    def _path(self, name: str) -> str:
+        return f"{systemd_units.root()}{SLICE}/{name}"
+
+    def find(self, name: str) -> Cgroup | None:
+        return _tree(self._path(name), self.hierarchy.root)
+
+    async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
+        await _empty(tree, patience)
+        tree.remove()
+        if tree.parent:
+            tree.parent.close()
+        await systemd_units.stop(name)
+
+    def close(self) -> None:
+        pass  # systemd removes a scope that is empty, and a slice that has none
+
+
+def _tree(path: str, above: Cgroup) -> Cgroup | None:
+    try:
+        scope = Cgroup(path, above)
+    except FileNotFoundError:
+        return None
+    try:
+        return Cgroup(TREE, scope)
+    except FileNotFoundError:
+        scope.close()
+        return None
+
+
+async def _empty(tree: Cgroup, patience: float) -> None:
+    with tree.watch() as watch:
+        try:
+            await watch.empty(patience)
+        except TimeoutError:
+            tree.kill()
+            await watch.empty(30.0)
