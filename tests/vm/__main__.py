@@ -1,0 +1,122 @@
+"""python -m tests.vm: tests that need a machine of their own, in a VM that is gone afterwards.
+
+python -m tests.vm                                   the whole: both kernels, and what the host's run had to skip
+python -m tests.vm tests/vm/guest/test_boot.py -k psi   one boot with these pytest arguments
+python -m tests.vm --run 'systemctl status'          one boot with this shell command
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.vm import initramfs, machine
+from tests.vm.outcomes import Outcomes
+
+RESULTS = machine.CACHE / "results"
+HOST_OUTCOMES = machine.CACHE / "outcomes-host.json"
+SUITE = "tests/vm/guest"
+# An emulated processor is some 17 times slower: these are for hangs.
+PYTEST = [
+    *(str(machine.ROOT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"),
+    *("-o", "timeout=1800", "-o", "faulthandler_timeout=900", "-p", "tests.vm.outcomes"),
+    *("--outcomes-to", "/run/vm/results/outcomes.json", "--junit-xml", "/run/vm/results/junit.xml"),
+]
+ENVIRONMENT = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "TEST_TIMEOUT": "900",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+}
+
+
+def show(data: bytes) -> None:
+    sys.stdout.buffer.write(data.replace(b"\r\n", b"\n"))
+    sys.stdout.buffer.flush()
+
+
+def boot(kernel_name: str, command: list[str]) -> machine.Result:
+    """One boot; what it brought lies in RESULTS/KERNEL."""
+    kernel = machine.find_kernel(kernel_name)
+    image = initramfs.build(kernel, command, machine.ROOT, ENVIRONMENT)
+    print(f"vm: booting Linux {kernel.release}", flush=True)
+    result = machine.run(kernel, image, show=show)
+    place = RESULTS / kernel_name
+    place.mkdir(parents=True, exist_ok=True)
+    for name, data in {**result.files, "console.txt": result.console.encode()}.items():
+        (place / name).write_bytes(data)
+    print(f"vm: exit status {result.status}, {result.up:.1f} s to boot; logs in {place.relative_to(machine.ROOT)}")
+    return result
+
+
+def whole() -> int:
+    """The suite on both kernels, with what the host had to skip; tests that ran nowhere are a failure."""
+    host, also = Outcomes(), []
+    if HOST_OUTCOMES.exists():
+        host = Outcomes.parse(HOST_OUTCOMES.read_bytes())
+        files = sorted({test.split("::")[0] for test in host.skipped})
+        also = ["--skipped-in", str(HOST_OUTCOMES), *(f for f in files if (machine.ROOT / f).exists())]
+    else:
+        print("vm: NO RECORD OF A WHOLE RUN ON THE HOST (make test): what it skips is not run here", file=sys.stderr)
+    newest = boot("newest", [*PYTEST, SUITE, *also])
+    oldest = boot("6.1", [*PYTEST, SUITE, "-m", "oldest"])
+    guests = [Outcomes.parse(r.files["outcomes.json"]) for r in (newest, oldest) if "outcomes.json" in r.files]
+    failed = not report(host, guests)
+    return newest.status or oldest.status or int(failed)
+
+
+def report(host: Outcomes, guests: list[Outcomes]) -> bool:
+    """Say what was skipped where; False when a test ran nowhere that could have."""
+    ran = host.ran.union(*(g.ran for g in guests))
+    skipped: dict[str, str] = {}
+    for outcomes in (*guests, host):
+        skipped.update(outcomes.skipped)
+    nowhere = {test: reason for test, reason in skipped.items() if not covered(test, ran)}
+    in_guest = sum(covered(test, set().union(*(g.ran for g in guests))) for test in host.skipped)
+    print(f"vm: {len(host.skipped)} tests were skipped on the host, {in_guest} of them ran in the VM")
+    # torch is optional: there are places where no build of it without CUDA is served.
+    optional = {test for test, reason in nowhere.items() if "torch" in reason}
+    for test, reason in sorted(nowhere.items()):
+        print(f"vm: RAN NOWHERE{' (optional)' if test in optional else ''}: {test}: {reason}")
+    return len(nowhere) == len(optional)
+
+
+def covered(test: str, ran: set[str]) -> bool:
+    """Whether a test, or any of a file that was skipped whole, is among those that ran."""
+    return test in ran or ("::" not in test and any(r.startswith(test + "::") for r in ran))
+
+
+def terminated(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tests.vm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--kernel", choices=machine.KERNELS, help="for one boot (default: newest)")
+    parser.add_argument("--run", metavar="COMMAND", help="a shell command instead of pytest")
+    options, arguments = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        if options.run is not None:
+            return boot(options.kernel or "newest", ["sh", "-c", options.run]).status
+        if arguments or options.kernel:
+            return boot(options.kernel or "newest", [*PYTEST, *(arguments or [SUITE])]).status
+        return whole()
+    except (machine.NoMachine, machine.GuestFailed) as e:
+        print(f"vm: {e}", file=sys.stderr)
+        return 125
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[2])
+    sys.exit(main())
