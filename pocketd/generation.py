@@ -7,6 +7,7 @@ asks what is there, and checks that against the cgroups.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import shutil
@@ -121,7 +122,7 @@ class Generation:
         except BaseException:
             sock.close()
             raise
-        message, fds = await self.init.call("hello", keep=keep)
+        message, fds = await self.init.call("hello", keep=keep, stop_timeout=self.definition.stop_timeout)
         fds.close()
         try:
             peer = processes.peer(sock)
@@ -190,7 +191,8 @@ class Generation:
         elif leaf:
             pocket = leaf.kernel_path.rsplit("/", 1)[0]
             await self.drop_leaf(leaf)
-            if not any(s.pocket == session.pocket and s is not session for s in self.sessions.values()):
+            shared = any(s.pocket == session.pocket and s is not session for s in self.sessions.values())
+            if not shared and "unit" not in session.note:  # a unit's cgroup is its manager's to remove
                 try:
                     with self.host.hierarchy.open(pocket) as parent:
                         parent.remove()
@@ -226,7 +228,8 @@ class Generation:
                     await watch.empty(10.0)
             leaf.remove()
         except (OSError, TimeoutError) as e:
-            if self.tree:  # else the whole tree goes, and took it along
+            removed = isinstance(e, OSError) and e.errno in (errno.ENOENT, errno.ENODEV)  # by the manager of its unit
+            if self.tree and not removed:  # else the whole tree goes, and took it along
                 events.emit("cgroup-left", "warning", service=self.name, why=str(e))
         finally:
             leaf.close()

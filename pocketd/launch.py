@@ -18,9 +18,10 @@ from cgroup.limits import CONTROLLERS, LimitError, Limits
 from cgroup.node import Cgroup
 from nsutil import memory, processes
 from nsutil.messages import Fds
-from pocketd import events, paths, permissions, trees, wire
+from pocketd import adopt, events, paths, permissions, trees, wire
 from pocketd.definitions import Pocket
-from pocketd.services import Progress, RunningService, Session
+from pocketd.generation import Generation, Session
+from pocketd.templates import Progress
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -53,32 +54,36 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
     with ExitStack() as stack:
         given = _take(request, fds, stack)
         service, definition = await daemon.resolve(wire.field(request, "name", str, None), peer)
-        await service.on(progress)
-        known = service.sessions.get(identity)
+        known = service.find(identity)
         if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
-            return _reply(service, known)
-        plan = make_plan(daemon, service, peer, definition, identity)
+            return _reply(*known)
+        generation = await service.on(progress)
+        stack.enter_context(generation.busy())
+        plan = make_plan(daemon, generation, peer, definition, identity)
         files = _files(daemon, plan, peer, request, given, stack)
         models = plan.models if mode == "client" and plan.models else None
-        template = await service.template(models, progress)
-        leaf = make_leaf(service, plan, identity)
-        session = Session(identity, plan.name, {}, leaf, 0, time.time())
-        service.sessions[identity] = session
+        template = await generation.templates.get(models, progress)
+        if wire.field(request, "adopt", bool, False):
+            leaf, where = adopt.place(daemon.host.hierarchy, peer, plan.limits, identity)
+        else:
+            leaf, where = make_leaf(generation, plan, identity), {}
+        note = {**_note(plan, leaf, mode, files), **where}
+        session = Session(identity, plan.name, note, leaf, 0, time.time())
+        generation.sessions[identity] = session
         try:
-            session.note = _note(plan, leaf, mode, files)
-            orders = _orders(service, plan, mode, files)
+            orders = _orders(generation, plan, mode, files)
             stack.callback(os.close, orders)
             passed = [leaf.fd, given["session"], given["hold"], orders, *(fd for fd, _ in files)]
             if plan.network == "host":
                 passed.append(daemon.network)
-            await _introduce(service, template.number, session, mode, passed)
+            await _introduce(generation, template.number, session, mode, passed)
         except BaseException:
-            await service.drop_session(session)
+            await generation.drop_session(session)
             raise
         events.emit(
             "session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode
         )
-        return _reply(service, session)
+        return _reply(generation, session)
 
 
 def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
@@ -97,11 +102,11 @@ def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
 
 
 def make_plan(
-    daemon: Daemon, service: RunningService, peer: processes.Peer, definition: Pocket | None, identity: str
+    daemon: Daemon, generation: Generation, peer: processes.Peer, definition: Pocket | None, identity: str
 ) -> Plan:
     """Decide who the worker is: a pocket's own id, or the caller's own; root's caller gets an id of the range."""
-    offered = frozenset(service.definition.models)
-    used = {s.note.get("uid", 0) for running in daemon.services.values() for s in running.sessions.values()}
+    offered = frozenset(generation.definition.models)
+    used = {s.note.get("uid", 0) for _, s in daemon.sessions()}
     if definition is None:
         if "defaults.run" in daemon.config.invalid:
             raise Error(
@@ -189,11 +194,11 @@ def _same_mounts(pidfd: int, pid: int) -> bool:
         raise Error("gone", "the caller has ended") from None
 
 
-def make_leaf(service: RunningService, plan: Plan, identity: str) -> Cgroup:
+def make_leaf(generation: Generation, plan: Plan, identity: str) -> Cgroup:
     """The session's own cgroup beneath its pocket's, which carries the limits. The caller owns it."""
-    assert service.scope
+    assert generation.tree
     path = f"pockets/{plan.name}"
-    with Cgroup("pockets", service.scope) as pockets, pockets.create(plan.name, exist_ok=True) as pocket:
+    with Cgroup("pockets", generation.tree) as pockets, pockets.create(plan.name, exist_ok=True) as pocket:
         try:
             pocket.enable(CONTROLLERS)
             pocket.apply(plan.limits)
@@ -202,7 +207,7 @@ def make_leaf(service: RunningService, plan: Plan, identity: str) -> Cgroup:
             if not pocket.names():  # made for this session, which will not be
                 pocket.remove()
             raise Error("limit" if isinstance(e, LimitError) else "cgroup", f"pocket {plan.name}: {e}") from None
-    return Cgroup(f"{path}/{identity}", service.scope)
+    return Cgroup(f"{path}/{identity}", generation.tree)
 
 
 def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]]) -> Message:
@@ -218,7 +223,7 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
     }
 
 
-def _orders(service: RunningService, plan: Plan, mode: str, files: list[tuple[int, Message]]) -> int:
+def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]]) -> int:
     """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
 
     A template passes it on unread: what it had once held, later workers of other pockets could find in their memory.
@@ -236,18 +241,18 @@ def _orders(service: RunningService, plan: Plan, mode: str, files: list[tuple[in
         "tmp": _TMP,
         "shm": _TMP,
         "directory": directory,
-        "exit": service.definition.exit,
+        "exit": generation.definition.exit,
     }
     return memory.sealed(wire.pack(orders), "orders")
 
 
-async def _introduce(service: RunningService, template: int, session: Session, mode: str, passed: list[int]) -> None:
+async def _introduce(generation: Generation, template: int, session: Session, mode: str, passed: list[int]) -> None:
     """Hand all over to init, which has the template fork. After this pocketd is not needed."""
-    if not service.init:
-        raise Error("service", f"service {service.name} has ended")
+    if not generation.init:
+        raise Error("service", f"service {generation.name} has ended")
     host = session.note["network"] == "host"
     fields: dict[str, Any] = {"session": session.id, "template": template, "mode": mode, "note": session.note}
-    message, received = await service.init.call("launch", passed, host_network=host, **fields)
+    message, received = await generation.init.call("launch", passed, host_network=host, **fields)
     with received:
         if len(received):
             pidfd = received.take()
@@ -260,6 +265,6 @@ async def _introduce(service: RunningService, template: int, session: Session, m
     session.started = time.time()
 
 
-def _reply(service: RunningService, session: Session) -> Message:
-    d = service.definition
+def _reply(generation: Generation, session: Session) -> Message:
+    d = generation.definition
     return {"service": d.name, "pocket": session.pocket, "models": sorted(d.models), "pid": session.pid}

@@ -1,9 +1,9 @@
 """A service container: namespaces, a read-only root, and PID 1 in it.
 
-Run by pocketd as a fresh process, born in the service's SCOPE so that its cgroup namespace is rooted there:
-`python -m runtime.container`, with one SEQPACKET socket as descriptor 0 on which the specification arrives with its
-descriptors. It makes the container, forks `runtime.init` as PID 1 into SCOPE/init, says so, and ends; what goes wrong
-is said on the same socket. The daemon's interpreter runs init, so a root file system needs no Python of its own.
+Run by pocketd as a fresh process, born in the service's SCOPE: `python -m runtime.container`, with one SEQPACKET socket
+as descriptor 0 on which the specification arrives with its descriptors. It makes the container, forks `runtime.init` as
+PID 1 into SCOPE/init, says so, and ends; what goes wrong is said on the same socket. The daemon's interpreter runs
+init, so a root file system needs no Python of its own.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def main() -> None:
         os.setsid()
         os.umask(0o022)
         n = namespaces
-        n.unshare(n.CLONE_NEWNS | n.CLONE_NEWIPC | n.CLONE_NEWUTS | n.CLONE_NEWNET | n.CLONE_NEWCGROUP)
+        # Not CLONE_NEWCGROUP: where cgroup2 is mounted nsdelegate, as systemd does, a template could then not fork into
+        # an adopted cgroup (ENOENT, also for root). Each worker has a cgroup namespace of its own, rooted at its leaf.
+        n.unshare(n.CLONE_NEWNS | n.CLONE_NEWIPC | n.CLONE_NEWUTS | n.CLONE_NEWNET)
         mounts.private()
         namespaces.set_hostname(spec.name)
         namespaces.loopback_up()
