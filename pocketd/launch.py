@@ -18,7 +18,7 @@ from cgroup.limits import CONTROLLERS, LimitError, Limits
 from cgroup.node import Cgroup
 from nsutil import memory, processes
 from nsutil.messages import Fds
-from pocketd import adopt, events, paths, permissions, trees, wire
+from pocketd import adopt, events, paths, permissions, trees, unit, wire
 from pocketd.definitions import Pocket
 from pocketd.generation import Generation, Session
 from pocketd.templates import Progress
@@ -61,6 +61,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         stack.enter_context(generation.busy())
         plan = make_plan(daemon, generation, peer, definition, identity)
         files = _files(daemon, plan, peer, request, given, stack)
+        files += unit.notify(request, given.get("notify"), peer, daemon.identities, stack)
+        secret = unit.credentials(request, given.get("credentials"))
         models = plan.models if mode == "client" and plan.models else None
         template = await generation.templates.get(models, progress)
         if wire.field(request, "adopt", bool, False):
@@ -71,9 +73,11 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         session = Session(identity, plan.name, note, leaf, 0, time.time())
         generation.sessions[identity] = session
         try:
-            orders = _orders(generation, plan, mode, files)
+            orders = _orders(generation, plan, mode, files, secret)
             stack.callback(os.close, orders)
             passed = [leaf.fd, given["session"], given["hold"], orders, *(fd for fd, _ in files)]
+            if secret:
+                passed.append(given["credentials"])
             if plan.network == "host":
                 passed.append(daemon.network)
             await _introduce(generation, template.number, session, mode, passed)
@@ -87,7 +91,7 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
 
 
 def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
-    """The descriptors of a request by their roles: session, hold, dir, and any number of mounts."""
+    """The descriptors of a request by their roles: session, hold, dir, notify, credentials, any number of mounts."""
     given: dict[str, Any] = {"mount": []}
     for role in wire.field(request, "roles", list):
         fd = fds.take()
@@ -223,7 +227,9 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
     }
 
 
-def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]]) -> int:
+def _orders(
+    generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]], secret: str | None
+) -> int:
     """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
 
     A template passes it on unread: what it had once held, later workers of other pockets could find in their memory.
@@ -241,6 +247,7 @@ def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int
         "tmp": _TMP,
         "shm": _TMP,
         "directory": directory,
+        "credentials": secret,
         "exit": generation.definition.exit,
     }
     return memory.sealed(wire.pack(orders), "orders")

@@ -28,6 +28,9 @@ class Session:
     pid: int = 0
     pidfd: int = -1
     status: Optional[int] = None
+    oom_kills: int = 0  # of its cgroup before it began: an adopted one may have seen some
+    ended: bool = False  # by us, so that its death is nobody else's doing
+    error: Optional[Message] = None  # what is known of its death beside its status
     output: Optional[int] = None  # our end of the worker's standard output, in client mode
 
     def summary(self) -> Message:
@@ -67,16 +70,6 @@ def by_default(pid: int, number: int) -> bool:
     return not any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def oom_kills(leaf: int) -> int:
-    """How many processes of this cgroup died of its memory limit (memory.events); 0 without the controller."""
-    try:
-        fd = os.open("memory.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
-    except OSError:
-        return 0
-    with os.fdopen(fd) as f:
-        return sum(int(line.split()[1]) for line in f if line.startswith("oom_kill "))
-
-
 def start_template(
     command: Optional[List[str]], environment: Dict[str, str], talk: socket.socket, err: int, leaf: int
 ) -> int:
@@ -88,7 +81,8 @@ def start_template(
         return child.pid
     try:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         os.dup2(err, 1)
         os.dup2(err, 2)
         fd = os.dup(talk.fileno())  # out of the way of 3

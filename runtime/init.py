@@ -24,12 +24,14 @@ from nsutil import clone, messages, namespaces
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import log
-from runtime.children import Session, Template, by_default, oom_kills, start_template
+from runtime import log, oom
+from runtime.children import Session, Template, by_default, start_template
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before the launch is given up
+FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
+NEVER = float("inf")
+STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
 
 class Init:
@@ -49,6 +51,8 @@ class Init:
         self.spare: Optional[clone.Child] = None  # the next session's pause
         self.kept: Any = None
         self.running = True
+        self.stop_timeout = STOP_TIMEOUT
+        self.stopping: Optional[float] = None  # when the sessions that are left are ended
 
     # -- the loop
 
@@ -65,8 +69,9 @@ class Init:
         for s in (wake, waker):
             s.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        self.watch(wake.fileno(), lambda: self.reap(wake))
+        self.watch(wake.fileno(), lambda: self.awake(wake))
         self.listener.listen(16)  # again, so that SO_PEERCRED of who connects names this process
         self.listener.setblocking(False)
         self.watch(self.listener.fileno(), self.accept)
@@ -79,13 +84,53 @@ class Init:
             self.expire()
 
     def patience(self) -> float:
-        waiting = [s.deadline for s in self.sessions.values() if not s.pid]
+        waiting = [s.deadline for s in self.sessions.values() if not s.pid and s.deadline < NEVER]
+        if self.stopping is not None:
+            waiting.append(self.stopping)
         return max(0.0, min(waiting) - time.monotonic()) if waiting else -1
 
     def expire(self) -> None:
         now = time.monotonic()
-        for s in [s for s in self.sessions.values() if not s.pid and s.deadline <= now]:
-            self.fail(s, Error("launch", f"template {s.template} did not fork within {FORK_TIMEOUT:.0f} s"))
+        late = [s for s in self.sessions.values() if not s.pid and s.deadline <= now]
+        for number in {s.template for s in late}:
+            self.end_template(number)
+        for s in late:
+            why = f"template {s.template} did not fork within {FORK_TIMEOUT:.0f} s; it was ended, and is made again"
+            s.deadline = NEVER
+            self.fail(s, Error("launch", why))
+        if self.stopping is not None and self.stopping <= now:
+            self.stopping = now + STOP_TIMEOUT
+            for s in self.sessions.values():
+                self.kill(s)
+        if self.stopping is not None and not self.sessions:
+            self.running = False
+
+    def end_template(self, number: int) -> None:
+        """End a template that hangs: in a lock that its fork took, or stopped. What it cloned ends with its pause."""
+        t = self.templates.get(number)
+        if t and t.pid:
+            self.log.write("init", f"template {number} ({t.kind}) hangs in a fork and is ended\n".encode())
+            os.kill(t.pid, signal.SIGKILL)  # not reaped yet, so it is no other's pid
+
+    def awake(self, wake: socket.socket) -> None:
+        """A signal came: its number is what Python wrote (signal.set_wakeup_fd)."""
+        numbers = b""
+        try:
+            while part := wake.recv(4096):
+                numbers += part
+        except BlockingIOError:
+            pass
+        if signal.SIGTERM in numbers and self.stopping is None:
+            self.stop_in_order()
+        self.reap()
+
+    def stop_in_order(self) -> None:
+        """SIGTERM: systemd stops the scope (at power-off, say) and has told every process of it, workers too.
+
+        Each caller gets its worker's status; those that do not end in time are ended.
+        """
+        self.log.write("init", f"stopping: {len(self.sessions)} sessions have {self.stop_timeout:g} s\n".encode())
+        self.stopping = time.monotonic() + self.stop_timeout
 
     # -- pocketd
 
@@ -141,6 +186,9 @@ class Init:
         `keep` is pocketd's own word about the service (its definition), given back from then on.
         """
         self.kept = message.get("keep") or self.kept
+        timeout = message.get("stop_timeout")
+        if isinstance(timeout, (int, float)) and timeout >= 0:
+            self.stop_timeout = float(timeout)
         self.tell(
             {
                 "id": message["id"],
@@ -178,6 +226,7 @@ class Init:
 
     def on_template(self, message: Message, fds: Fds) -> None:
         """Make a template: `command` is executed (a root template), or `parent` is forked (a models template)."""
+        self.refuse_when_stopping()
         number = message["template"]
         leaf = fds.take()
         ours, theirs = messages.pair()
@@ -287,6 +336,10 @@ class Init:
 
     # -- sessions
 
+    def refuse_when_stopping(self) -> None:
+        if self.stopping is not None:
+            raise Error("stopping", "the service is being stopped")
+
     def on_launch(self, message: Message, fds: Fds) -> None:
         """A worker: a pause process first, then the template forks into its pid namespace."""
         identity = message["session"]
@@ -294,6 +347,7 @@ class Init:
             s = self.sessions[identity]
             self.tell({"id": message["id"], "ok": True, "attached": True, "pid": s.pid})
             return
+        self.refuse_when_stopping()
         t = self.templates.get(message["template"])
         if not t or not t.ready:
             raise Error("no-template", f"template {message['template']} is not ready")
@@ -311,6 +365,8 @@ class Init:
         s = Session(
             identity, message.get("note", {}), t.number, pause, hold, leaf, message["id"], deadline, self.launches
         )
+        if s.note.get("adopted") is True:  # one of our own is used once
+            s.oom_kills = oom.kills(leaf)
         self.sessions[identity] = self.pauses[pause.pid] = s
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
         passed = [leaf, pause.pidfd, session_fd, orders, *fds]
@@ -356,7 +412,8 @@ class Init:
 
     def fail(self, s: Session, error: Error) -> None:
         """A launch that did not come to a worker."""
-        self.tell({"id": s.request, "error": error.wire()})
+        if s.request is not None:
+            self.tell({"id": s.request, "error": error.wire()})
         s.request = None
         self.say(s, {"op": "exit", "error": error.wire()})
         self.finish(s)
@@ -409,6 +466,7 @@ class Init:
         self.kill(s)
 
     def kill(self, s: Session) -> None:
+        s.ended = True
         try:
             signal.pidfd_send_signal(s.pause.pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -422,13 +480,9 @@ class Init:
 
     # -- reaping
 
-    def reap(self, wake: socket.socket) -> None:
-        try:
-            while wake.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
+    def reap(self) -> None:
         by_pid = {s.pid: s for s in self.sessions.values() if s.pid and s.status is None}
+        templates = {t.pid: t for t in self.templates.values()}
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | WALL)
@@ -443,6 +497,8 @@ class Init:
                 self.died(by_pid[pid], status)
             elif pid in self.pauses:
                 self.over(self.pauses.pop(pid))
+            elif pid in templates:
+                templates[pid].pid = 0  # its socket tells the rest
             elif self.spare and pid == self.spare.pid:
                 os.close(self.spare.pidfd)
                 self.spare = None
@@ -455,8 +511,9 @@ class Init:
         """The worker has ended: its caller hears at once; what it left behind ends now."""
         s.status = status
         message: Message = {"op": "exit", "status": status}
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and oom_kills(s.leaf):
-            message["error"] = Error("memory", f"pocket {s.note.get('pocket')} reached its memory.max").wire()
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended
+        if killed and oom.kills(s.leaf) > s.oom_kills:
+            message["error"] = s.error = oom.error(s.leaf, s.note).wire()
         self.say(s, message)
         self.finish(s)
 
@@ -478,7 +535,9 @@ class Init:
                 os.close(fd)
         self.sessions.pop(s.id, None)
         self.launching.pop(s.launch, None)
-        ended = {"session": s.id, "note": s.note, "status": s.status}
+        ended: Message = {"session": s.id, "note": s.note, "status": s.status}
+        if s.error:
+            ended["error"] = s.error
         self.ended[s.id] = ended
         while len(self.ended) > 1000:
             self.ended.pop(next(iter(self.ended)))

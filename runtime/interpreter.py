@@ -113,9 +113,13 @@ def close_others(keep: Container[int]) -> None:
 
 
 def environment(start: Message) -> Dict[bytes, bytes]:
-    """The caller's environment, as it is."""
+    """The caller's environment, as it is, but for variables that say which process they are for: that is this one."""
     pairs = wire.field(start, "environment", list, [])
-    return {name: value for name, value in pairs if name and b"=" not in name and b"\0" not in name + value}
+    found = {name: value for name, value in pairs if name and b"=" not in name and b"\0" not in name + value}
+    for name in wire.field(start, "own_pid", list, []):
+        if name in (b"WATCHDOG_PID", b"LISTEN_PID"):  # sd_watchdog_enabled(3), sd_listen_fds(3)
+            found[name] = str(os.getpid()).encode()
+    return found
 
 
 def adopt(start: Message) -> None:

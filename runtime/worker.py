@@ -7,10 +7,11 @@ back and runs the app. Whatever fails before that line is said on the session's 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
-from typing import Any, List, NoReturn
+from typing import Any, List, NoReturn, Optional, Sequence
 
 from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
@@ -19,6 +20,7 @@ from pocketd.wire import Error, Message
 from runtime import cold, interpreter, program, randomness, session
 
 ORDERS = 1 << 20  # bytes, at most
+CREDENTIALS = 1 << 20  # bytes, all together (systemd.exec(5), LoadCredential=); as much again for names and pages
 FAILED = 125  # pocketd's own failure, as podman's
 
 
@@ -26,7 +28,7 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
     """Become the worker of one session.
 
     `orders` is pocketd's word in a sealed memfd (launch._orders); `handed`: the output pipe in client mode, the file
-    trees, the network.
+    trees, the credentials, the network.
     """
     code = FAILED
     sock = socket.socket(fileno=session_fd)
@@ -40,12 +42,15 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         output = handed.pop(0) if message["mode"] == "client" else None
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)
-        settle(message, handed)
+        secrets = handed.pop() if message.get("credentials") else None
+        settle(message, handed, secrets)
         confine(message)
         start, fds = wire.receive(sock)
         if start.get("mode") != message["mode"]:
             raise Error("bad-request", f"the login was for mode {message['mode']}, the start message is for another")
-        take_stdio(start, fds.rest(), output)
+        given = fds.rest()
+        sock = take_listening(start, given, sock, template.reopen)
+        take_stdio(start, given, output)
         interpreter.adopt(start)
         difference = cold.reason(template.runtime, template.begin, start)
         if difference is not None:
@@ -80,7 +85,7 @@ def tell(sock: socket.socket, e: BaseException) -> None:
         os.write(2, f"pocket: {error.message}\n".encode())
 
 
-def settle(message: Message, trees: List[int]) -> None:
+def settle(message: Message, trees: List[int], secrets: Optional[int]) -> None:
     """Take a place of one's own: cgroup namespace, host name, network, and the pocket's view of files."""
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
     namespaces.set_hostname(message["hostname"])
@@ -103,6 +108,8 @@ def settle(message: Message, trees: List[int]) -> None:
         os.chown(home, message["uid"], message["gid"])
     for tree, place in sorted(zip(trees, places), key=lambda pair: len(pair[1]["target"])):
         attach(tree, place, made)
+    if secrets is not None:
+        show_credentials(secrets, message, made)
     m.seal(made)
 
 
@@ -123,6 +130,31 @@ def attach(tree: int, place: Message, made: List[str]) -> None:
         os.close(copy)
 
 
+def show_credentials(fd: int, message: Message, made: List[str]) -> None:
+    """Credentials as systemd shows them: a small read-only file system of the worker's own, not swapped where the
+    kernel can help it (noswap: Linux 6.4). Takes over `fd`, a memfd made by the caller (pocketd.command.supervised)."""
+    files = wire.field(wire.unpack(memory.read_sealed(fd, 2 * CREDENTIALS)), "files", dict)
+    os.close(fd)
+    target = message["credentials"]
+    mounts.make_room(target, made)
+    os.makedirs(target, exist_ok=True)
+    flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
+    try:
+        mounts.mount("tmpfs", target, "tmpfs", flags, f"size={2 * CREDENTIALS},mode=700,noswap")
+    except OSError:
+        mounts.tmpfs(target, size=2 * CREDENTIALS, mode=0o700, flags=flags)
+    for name, content in files.items():
+        if "/" in name or name in ("", ".", "..") or type(content) is not bytes:
+            raise Error("bad-request", f"{name!r} is no credential")
+        out = os.open(f"{target}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        os.fchown(out, message["uid"], message["gid"])
+        with open(out, "wb", buffering=0) as file:
+            file.write(content)
+    os.chown(target, message["uid"], message["gid"])
+    os.chmod(target, 0o500)
+    mounts.set_attributes(mounts.AT_FDCWD, mounts.MOUNT_ATTR_RDONLY, path=target)
+
+
 def confine(message: Message) -> None:
     """Give up everything, for good: every thread that comes back later lacks it too."""
     privileges.new_session_keyring()
@@ -138,6 +170,31 @@ def oom(score: int) -> None:
             f.write(str(score))
     except OSError:
         pass  # it was not raised above what an unprivileged process may set
+
+
+def take_listening(start: Message, fds: List[int], sock: socket.socket, held: Sequence[int]) -> socket.socket:
+    """The sockets of sd_listen_fds(3), which end `fds` and leave it, become 3 and up; whatever stood there moves.
+
+    `held` are files of the template's libraries, which know them by their numbers. Returns `sock` as it is afterwards.
+    """
+    count = wire.field(start, "listen", int, 0)
+    if not count:
+        return sock
+    if not 0 < count <= len(fds):
+        raise Error("bad-request", "the start message does not carry the sockets that it names")
+    places = range(3, 3 + count)
+    taken = [fd for fd in held if fd in places]
+    if taken:
+        raise Error("listen", f"descriptor {taken[0]} is one of the service's own files; pass fewer sockets")
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, places.stop) for fd in (*fds, sock.fileno())]
+    for fd in (*fds, sock.detach()):
+        os.close(fd)
+    sockets = moved[len(fds) - count : -1]
+    fds[:] = moved[: len(fds) - count]
+    for place, fd in zip(places, sockets):
+        os.dup2(fd, place)  # inheritable, as systemd passes them
+        os.close(fd)
+    return socket.socket(fileno=moved[-1])
 
 
 def take_stdio(start: Message, fds: List[int], output: Any) -> None:

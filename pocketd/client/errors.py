@@ -100,6 +100,32 @@ class WorkerDied(PocketError):
         self.reason = reason
 
 
+class OutOfMemory(WorkerDied):
+    """The kernel killed the worker for memory.
+
+    `pocket`; `limit`, in bytes, is the memory.max that was reached, None where it was the host's memory or a limit
+    above what the pocket runs in; `peak` is the most that was used under it, None before Linux 5.19.
+    """
+
+    default_code = "memory"
+
+    def __init__(
+        self,
+        message: str,
+        exit_code: Optional[int] = None,
+        signal: Optional[int] = None,
+        reason: Optional[str] = None,
+        pocket: Optional[str] = None,
+        limit: Optional[int] = None,
+        peak: Optional[int] = None,
+        **detail: Any,
+    ):
+        super().__init__(message, exit_code, signal, reason, pocket=pocket, limit=limit, peak=peak, **detail)
+        self.pocket = pocket
+        self.limit = limit
+        self.peak = peak
+
+
 class RemoteError(PocketError):
     """An exception in the worker: its type's name, its message, and its traceback as text in `remote_traceback`."""
 

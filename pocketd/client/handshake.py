@@ -20,6 +20,9 @@ from pocketd.client.control import Control, Lost
 
 Queued = Tuple[Dict[str, Any], Iterable[int]]
 
+# How long a pocketd that died in mid-call may take to come back when the caller gave no time of its own.
+RESTART = 10.0
+
 
 class Login(NamedTuple):
     """An accepted login. The caller owns both sockets: closing `hold` ends the worker."""
@@ -47,6 +50,7 @@ def open_login(
     shared: Iterable[Tuple[str, int]] = (),
     progress: Optional[Callable[[str], None]] = None,
     timeout: Optional[float] = None,
+    patience: float = RESTART,
     **fields: Any,
 ) -> Login:
     """Log in to the service or pocket called `name` (None: pocketd chooses) and return the session.
@@ -56,12 +60,12 @@ def open_login(
     stay the caller's. `directory` is where an ad hoc pocket's files are: it is opened here, so that pocketd and we
     cannot mean two different ones; None for a pocket that has a definition.
     `fields` go into the request as they are. `timeout` in seconds is for all of it, retries included: when pocketd ends
-    in mid-call, the same login is sent to the next one, which attaches to what there is.
+    in mid-call, the same login is sent to the next one, which attaches to what there is. Without a `timeout` that one
+    may take `patience` seconds to come.
 
     Raises the errors of `Control.call`; LoginRefused for error codes without a type; OSError when `directory` cannot be
     opened.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
     with ExitStack() as stack:
         session, worker_end = messages.pair()
         stack.enter_context(session)
@@ -88,34 +92,39 @@ def open_login(
                 "roles": roles,
                 **fields,
             }
-            reply = _ask(control, request, sent, progress, deadline, timeout)
+            reply = ask(control, "login", request, sent, progress, timeout, patience)
         stack.pop_all()
         return Login(session, hold, reply, str(request["session"]))
 
 
-def _ask(
+def ask(
     control: Control,
+    op: str,
     request: Dict[str, Any],
-    fds: List[int],
-    progress: Optional[Callable[[str], None]],
-    deadline: Optional[float],
-    timeout: Optional[float],
+    fds: Iterable[int] = (),
+    progress: Optional[Callable[[str], None]] = None,
+    timeout: Optional[float] = None,
+    patience: float = RESTART,
 ) -> Dict[str, Any]:
-    """Make the login call, again on the next pocketd when one ends before its reply."""
+    """Make a call that may be made twice, again on the next pocketd when one ends before its reply.
+
+    `timeout` is for all of it; without one, each pocketd may take `patience` seconds to come back.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
     again: Optional[Control] = None
     lost: Optional[errors.NotRunning] = None
     try:
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
-                raise lost or errors.Timeout(f"pocketd did not log us in within {timeout:g} s")
+                raise lost or errors.Timeout(f"pocketd did not answer {op!r} within {timeout:g} s")
             try:
-                return (again or control).call("login", fds, progress, left, **request)
+                return (again or control).call(op, fds, progress, left, **request)
             except Lost as e:
                 lost = e
             if again:
                 again.close()
-            again = _reconnect(control, deadline, lost)
+            again = reach(os.path.dirname(control.path), patience if left is None else left, lost)
     except errors.PocketError as e:
         # A code that has no type here is pocketd's own reason to refuse.
         raise (errors.LoginRefused(e.message, e.code, **e.detail) if type(e) is errors.PocketError else e) from None
@@ -124,18 +133,14 @@ def _ask(
             again.close()
 
 
-# How long a pocketd that died in mid-login may take to come back when the caller gave no time of its own.
-RESTART = 10.0
-
-
-def _reconnect(control: Control, deadline: Optional[float], lost: errors.NotRunning) -> Control:
-    until = time.monotonic() + RESTART if deadline is None else deadline
-    directory = os.path.dirname(control.path)
+def reach(directory: Optional[str], patience: float, lost: Optional[errors.NotRunning] = None) -> Control:
+    """Connect to a pocketd that may take `patience` seconds to start. Raises `lost`, or else NotRunning."""
+    until = time.monotonic() + patience
     while True:
         try:
             return Control(directory, max(0.01, until - time.monotonic()))
-        except errors.NotRunning:
+        except errors.NotRunning as e:
             # A socket that does not exist yet cannot be polled; inotify is not worth its code for this rare case.
             if time.monotonic() + 0.05 > until:
-                raise lost from None
+                raise (lost or e) from None
             time.sleep(0.05)

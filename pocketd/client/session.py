@@ -307,11 +307,12 @@ def died(hold: socket.socket) -> errors.PocketError:
 def _ended(status: int, error: Any) -> errors.PocketError:
     cause = wire.Error.unwire(error) if error is not None else None
     reason = cause.message if cause else None
+    kind = errors.OutOfMemory if cause and cause.code == errors.OutOfMemory.default_code else errors.WorkerDied
     detail = {k: v for k, v in cause.detail.items() if k not in ("exit_code", "signal", "reason")} if cause else {}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         said = f"the worker was killed by signal {number}"
-        return errors.WorkerDied(said + (f": {reason}" if reason else ""), None, number, reason, **detail)
+        return kind(said + (f": {reason}" if reason else ""), None, number, reason, **detail)
     code = os.WEXITSTATUS(status)
     said = f"the worker ended with exit code {code}"
-    return errors.WorkerDied(said + (f": {reason}" if reason else ""), code, None, reason, **detail)
+    return kind(said + (f": {reason}" if reason else ""), code, None, reason, **detail)

@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -21,15 +22,17 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.client import errors
 from pocketd.client.control import Control
-from pocketd.client.handshake import Login, open_login
+from pocketd.client.handshake import RESTART, Login, ask, open_login, reach
+from pocketd.command import supervised
 
 FAILED, NOT_FOUND = 125, 127  # as podman's
+START = 60.0  # seconds that pocketd may take to start, or to start again, where a unit waits for it
 
 USAGE = """\
 usage: pocket run [--service NAME] [--dir DIR] [--mount SRC[:DST][:rw]] [--cold] PROGRAM [ARG...]
        pocket run [OPTIONS] -m MODULE [ARG...]
        pocket run [OPTIONS] -c CODE [ARG...]
-       pocket run -p POCKET [ARG...]
+       pocket run [--adopt] -p POCKET [ARG...]
 
 Run a program in a pocket as `python PROGRAM ARG...` would, in a worker of a warm service.
 
@@ -39,6 +42,7 @@ Run a program in a pocket as `python PROGRAM ARG...` would, in a worker of a war
   --cold                    a fresh interpreter instead of a fork of the warm one
   --runtime-dir DIR         another pocketd's runtime directory
   -p POCKET                 a pocket that has a definition
+  --adopt                   its worker is in this process's own cgroup, as a systemd unit's; waits for pocketd to start
 """
 
 _RLIMITS = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_DATA")
@@ -58,6 +62,7 @@ class Request:
     directory: str | None = None
     mounts: list[str] = field(default_factory=list)
     cold: bool = False
+    adopt: bool = False
     runtime_dir: str | None = None
     kind: str = "file"
     program: str = ""
@@ -89,6 +94,8 @@ def parse(words: list[str]) -> Request:
             r.runtime_dir = value(word)
         elif word == "--cold":
             r.cold = True
+        elif word == "--adopt":
+            r.adopt = True
         elif word in ("-h", "--help"):
             print(USAGE, end="")
             sys.exit(0)
@@ -115,7 +122,7 @@ def main(words: list[str], request: Request | None = None) -> NoReturn:
     present = standard_streams()
     try:
         r = request or parse(words)
-        with Control(r.runtime_dir) as control:
+        with reach(r.runtime_dir, START) if r.adopt else Control(r.runtime_dir) as control:
             login = log_in(control, r, present)
         hold(login)
     except Usage as e:
@@ -149,59 +156,66 @@ def say(text: str, end: str = "\n") -> None:
 
 def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
     """Ask for a worker; from here on signals wait to be passed on."""
+    patience = START if r.adopt else RESTART
     environment = callers_environment()
     directory = r.directory or os.getcwd()
     start: dict[str, Any] = {}
-    if r.pocket:
-        assert r.name
-        about = control.call("describe", name=r.name)
-        if about["kind"] != "pocket" or not about["program"]:
-            raise errors.PocketError(
-                f"{r.name} is {'a service' if about['kind'] == 'service' else 'a pocket without a program'}; "
-                f"run a program in it by: pocket run --service {r.name} PROGRAM"
-            )
-        r.program = os.path.join(about["directory"], about["program"])
-        environment.update({os.fsencode(k): os.fsencode(v) for k, v in about["environment"].items()})
-        if about["packages"]:
-            start["packages"] = os.path.join(about["directory"], about["packages"])
-    environment.pop(b"POCKETD_RUNTIME_DIR", None)
-    start.update(
-        kind=r.kind,
-        program=os.fsencode(r.program),
-        arguments=[os.fsencode(a) for a in r.arguments],
-        environment=list(environment.items()),
-        directory=os.fsencode(os.getcwd()),
-        umask=umask(),
-        ignored=ignored(),
-        blocked=[int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
-        limits={name: resource.getrlimit(getattr(resource, name))[0] for name in _RLIMITS},
-        cold=r.cold,
-        stdio=stdio,
-    )
-    shared: list[int] = []
-    targets: list[dict[str, Any]] = []
-    try:
+    with ExitStack() as stack:
+        given = supervised.take(environment, stack, lambda text: say(f"pocket: {text}"))
+        if r.pocket:
+            assert r.name
+            about = ask(control, "describe", {"name": r.name}, patience=patience)
+            if about["kind"] != "pocket" or not about["program"]:
+                raise errors.PocketError(
+                    f"{r.name} is {'a service' if about['kind'] == 'service' else 'a pocket without a program'}; "
+                    f"run a program in it by: pocket run --service {r.name} PROGRAM"
+                )
+            r.program = os.path.join(about["directory"], about["program"])
+            environment.update({os.fsencode(k): os.fsencode(v) for k, v in about["environment"].items()})
+            if about["packages"]:
+                start["packages"] = os.path.join(about["directory"], about["packages"])
+        environment.pop(b"POCKETD_RUNTIME_DIR", None)
+        start.update(
+            kind=r.kind,
+            program=os.fsencode(r.program),
+            arguments=[os.fsencode(a) for a in r.arguments],
+            environment=list(environment.items()),
+            directory=os.fsencode(os.getcwd()),
+            umask=umask(),
+            ignored=ignored(),
+            blocked=[int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+            limits={name: resource.getrlimit(getattr(resource, name))[0] for name in _RLIMITS},
+            cold=r.cold,
+            stdio=stdio,
+            **given.start,
+        )
+        targets: list[dict[str, Any]] = []
         for text in r.mounts:
             source, target, writable = mount(text)
-            shared.append(os.open(source, os.O_PATH | os.O_CLOEXEC))
+            fd = os.open(source, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            given.shared.append(("mount", fd))
             targets.append({"target": os.fsencode(target), "writable": writable})
         if not r.pocket:
             hint(r, os.path.realpath(directory), [os.fsdecode(t["target"]) for t in targets])
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NOT_FORWARDED)
-        return open_login(
+        login = open_login(
             control,
             mode="program",
             name=r.name,
             directory=None if r.pocket else directory,
             start=start,
-            fds=stdio,
+            fds=[*stdio, *given.listening],
             progress=progress,
-            shared=[("mount", fd) for fd in shared],
+            patience=patience,
+            shared=given.shared,
             mounts=targets,
+            adopt=r.adopt,
+            **given.fields,
         )
-    finally:
-        for fd in shared:
+        for fd in given.listening:  # the worker has them: what it closes is closed
             os.close(fd)
+        return login
 
 
 def callers_environment() -> dict[bytes, bytes]:
