@@ -160,6 +160,8 @@ _PARSERS: dict[str, Callable[[object], str]] = {
     "io.max": _per_device(_io_max),
     "io.weight": _per_device(_io_weight),
 }
+# Their names, but for those of huge pages, which have the page's size in them.
+NAMES = frozenset(_PARSERS)
 _HUGETLB = re.compile(r"hugetlb\.[0-9]{1,4}[KMG]B\.max")
 _HUGETLB_NAME = "hugetlb.2MB.max"
 
@@ -180,6 +182,15 @@ def parse(name: str, value: object) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise LimitError(f"is not a limit that is known; {hint}limits are {', '.join(known)}")
+
+
+def lifted(name: str, text: str) -> str:
+    """What is to be written to the file `name` so that `text`, which was, holds no more: the kernel's default."""
+    if name == "io.max":
+        return "\n".join(f"{line.split()[0]} rbps=max wbps=max riops=max wiops=max" for line in text.splitlines())
+    if name == "io.weight":
+        return "default 100"
+    return {"cpu.weight": "100", "memory.low": "0", "memory.min": "0", "cpuset.cpus": "\n"}.get(name, "max")
 
 
 def controller(limit: str) -> str:

@@ -140,7 +140,7 @@ class Cgroup(Node, Attributes):
         Those before the refused one are in force then.
         """
         for name, text in limits.items():
-            for line in text.splitlines():
+            for line in text.splitlines() or [text]:
                 try:
                     self.set_property(name.encode(), line)
                 except FileNotFoundError:

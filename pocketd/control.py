@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
 from nsutil.messages import Fds, MessageError, short_name
-from pocketd import events, launch, observe, wire
+from pocketd import events, launch, observe, tuning, wire
+from pocketd.definitions import describe
 from pocketd.link import Link
 from pocketd.wire import Error, Message
 
@@ -118,18 +119,42 @@ async def _on(c: Connection, message: Message, fds: Fds, progress: Callable[[str
 
 async def _off(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
     c.must_be_root("switch a service off")
+    if wire.field(message, "all", bool, False):
+        on = [service for service in c.daemon.services.values() if any(service.generations())]
+        for service in on:
+            progress(f"{service.name}: {len(list(service.sessions()))} sessions end")
+            await service.off()
+        c.daemon.tidy()
+        return {"names": [service.name for service in on]}
     service = c.daemon.service(wire.field(message, "name", str))
     already = service.state == "off"
     await service.off()
+    c.daemon.tidy()
     return {"already": already}
 
 
 async def _reload(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
-    c.must_be_root("reload a service")
-    service = c.daemon.service(wire.field(message, "name", str))
+    """The configuration again; and, where a service is named, its next generation."""
+    c.must_be_root("reload")
+    name = wire.field(message, "name", str, None)
     c.daemon.configure()
+    result = {"problems": describe(c.daemon.config.problems).splitlines()}
+    if name is None:
+        return result
+    service = c.daemon.service(name)
     await service.reload(progress)
-    return {"generation": service.current.number if service.current else None}
+    c.daemon.tidy()
+    return {**result, "state": service.state, "generation": service.current.number if service.current else None}
+
+
+async def _set(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    c.must_be_root("change limits")
+    limits, persist = wire.field(message, "limits", dict), wire.field(message, "persist", bool, False)
+    return tuning.set_limits(c.daemon, wire.field(message, "name", str), limits, persist)
+
+
+async def _inspect(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return tuning.inspect(c.daemon, c.peer, wire.field(message, "name", str))
 
 
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
@@ -153,6 +178,8 @@ OPERATIONS: dict[str, Operation] = {
     "on": _on,
     "off": _off,
     "reload": _reload,
+    "set": _set,
+    "inspect": _inspect,
     "ps": _ps,
     "logs": _logs,
     "stop": _stop,

@@ -14,14 +14,16 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import prctl
 
 from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
-from cgroup.limits import CONTROLLERS
+from cgroup.limits import CONTROLLERS, Limits
 from nsutil import processes
-from pocketd import __version__, config, events, permissions, supervision, systemd_units
+from pocketd import __version__, config, events, permissions, supervision, systemd_units, tuning, weights
 from pocketd.control import Control
 from pocketd.definitions import Config, Pocket, Service
 from pocketd.generation import Generation, Session
@@ -37,18 +39,21 @@ OLDEST_KERNEL = (6, 1)
 class Daemon:
     """All that pocketd knows. Owns every descriptor in it."""
 
-    def __init__(self, read: Callable[[], Config], host: Host):
+    def __init__(self, config_path: Path, read: Callable[[], Config], host: Host):
+        self.config_path = config_path
         self.read = read
         self.host = host
         self.identities = Identities(host.state_dir / "ids.json")
         self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.services: dict[str, RunningService] = {}
         self.config = Config({}, {})
+        self.changed: dict[str, Limits] = {}  # by `pocket set`
         self.configure()
 
     def configure(self) -> None:
         """Read the configuration. What runs keeps the definition that it was made by."""
         self.config = settings = self.read()
+        changed, self.changed = self.changed, {}
         for problem in settings.problems:
             where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
             events.emit(
@@ -65,6 +70,25 @@ class Daemon:
             # One that is on and has no definition any more can still be seen and switched off.
             if name not in settings.services and service.state in ("off", "failed"):
                 del self.services[name]
+        for name, limits in changed.items():
+            tuning.take_back(self, name, limits)
+
+    def change_limits(self, name: str, limits: Limits) -> None:
+        """What `pocket set` changed, for the next launches; reading the configuration again takes it back."""
+        self.changed[name] = MappingProxyType({**self.changed.get(name, {}), **limits})
+        pocket, service = self.config.pockets.get(name), self.services.get(name)
+        if pocket:
+            changed = replace(pocket, limits=MappingProxyType({**pocket.limits, **limits}))
+            self.config = replace(self.config, pockets=MappingProxyType({**self.config.pockets, name: changed}))
+        elif service:
+            definition = service.definition
+            service.definition = replace(definition, limits=MappingProxyType({**definition.limits, **limits}))
+
+    def tidy(self) -> None:
+        """Remove copies of models that nothing uses any more."""
+        used = {path for s in self.services.values() for g in s.generations() for path in g.models.values()}
+        if not any(service.state == "starting" for service in self.services.values()):
+            weights.collect(self.host.models, used)
 
     def sessions(self) -> Iterator[tuple[Generation, Session]]:
         for service in self.services.values():
@@ -152,6 +176,7 @@ class Daemon:
                 self.services[name] = RunningService(Service(name), self.host)
             if not await self.services[name].adopt(numbers) and name not in self.config.services:
                 del self.services[name]
+        self.tidy()
 
 
 def arguments() -> argparse.Namespace:
@@ -213,7 +238,11 @@ async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarc
         path.chmod(mode)
     check_length(options.runtime_dir)
     lock = take_lock(options.runtime_dir)
-    daemon = Daemon(read, Host(hierarchy, scopes, options.runtime_dir.resolve(), options.state_dir.resolve()))
+    daemon = Daemon(
+        options.config or config.DEFAULT_PATH,
+        read,
+        Host(hierarchy, scopes, options.runtime_dir.resolve(), options.state_dir.resolve()),
+    )
     await daemon.take_over()
     try:
         group = grp.getgrnam("pocket").gr_gid

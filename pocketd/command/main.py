@@ -23,6 +23,10 @@ usage: pocket SERVICE on | off               switch a service on or off (also: p
        pocket ps                              what there is
        pocket logs NAME [-n LINES]            the log of a service or a pocket
        pocket stop NAME                       end a pocket's sessions
+       pocket reload [SERVICE]                read the configuration again; make the service anew beside the old
+       pocket set [--persist] NAME LIMIT=VALUE...
+                                              change limits of a pocket or a service now, such as memory.max=200M
+       pocket inspect NAME                    a definition, and the limits that hold
 
 Options of all but run: --json, --runtime-dir DIR (or POCKETD_RUNTIME_DIR)
 """
@@ -35,12 +39,17 @@ class Options:
         self.json = False
         self.runtime_dir: str | None = None
         self.lines = 200
+        self.all = self.persist = False
         self.words: list[str] = []
         rest = list(words)
         while rest:
             word = rest.pop(0)
             if word == "--json":
                 self.json = True
+            elif word == "--persist":
+                self.persist = True
+            elif word == "--all":
+                self.all = True
             elif word == "--runtime-dir" and rest:
                 self.runtime_dir = rest.pop(0)
             elif word.startswith("--runtime-dir="):
@@ -105,15 +114,15 @@ def is_pocket(name: str) -> bool:
             return False
 
 
+def progress(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def switch(verb: str, options: Options) -> None:
     if len(options.words) != 1:
         usage(f"{verb} needs the name of one service")
     name = options.words[0]
-
-    def progress(text: str) -> None:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-
     with Control(options.runtime_dir) as control:
         reply = control.call(verb, progress=progress, name=name)
     if options.json:
@@ -127,7 +136,14 @@ def on(options: Options) -> None:
 
 
 def off(options: Options) -> None:
-    switch("off", options)
+    if not options.all:
+        switch("off", options)
+        return
+    if options.words:
+        usage("off takes the name of a service, or --all")
+    with Control(options.runtime_dir) as control:
+        names = control.call("off", progress=progress, all=True)["names"]
+    print(json.dumps({"off": names}) if options.json else f"off: {', '.join(names) or 'nothing was on'}")
 
 
 def ps(options: Options) -> None:
@@ -159,11 +175,66 @@ def stop(options: Options) -> None:
         print(f"{options.words[0]}: {reply['stopped']} session{'' if reply['stopped'] == 1 else 's'} ended")
 
 
+def reload(options: Options) -> None:
+    if len(options.words) > 1:
+        usage("reload takes the name of one service, or none")
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("reload", progress=progress, name=options.words[0] if options.words else None))
+    if options.json:
+        print(json.dumps(reply, indent=1))
+    elif options.words:
+        made = f"generation {reply['generation']}" if reply["generation"] else f"{reply['state']}; made when it is used"
+        print(f"{options.words[0]}: {made}")
+    for problem in reply["problems"]:
+        sys.stderr.write(f"pocket: {problem}\n")
+    if reply["problems"]:
+        sys.exit(run.FAILED)
+
+
+def set_limits(options: Options) -> None:
+    if len(options.words) < 2 or not all("=" in word for word in options.words[1:]):
+        usage("set needs a name and limits: pocket set detect memory.max=200M")
+    name, *pairs = options.words
+    limits: dict[str, Any] = {}
+    for pair in pairs:
+        limit, _, value = pair.partition("=")
+        limits[limit] = value if limit not in limits else [*_several(limits[limit]), value]
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("set", name=name, limits=limits, persist=options.persist))
+    if options.json:
+        print(json.dumps(reply, indent=1))
+        return
+    print(f"{name}: {', '.join(pairs)}{' (kept)' if options.persist else ''}")
+    for unit in reply["units"]:
+        print(f"{name}: a worker is in {unit} and has that unit's limits: systemctl set-property changes them")
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def inspect(options: Options) -> None:
+    if len(options.words) != 1:
+        usage("inspect needs the name of a pocket or a service")
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("inspect", name=options.words[0]))
+    print(json.dumps(reply, indent=1) if options.json else show.inspection(reply), end="\n" if options.json else "")
+
+
 def _plain(reply: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in reply.items() if key not in ("v", "id", "ok")}
 
 
-VERBS = {"on": on, "off": off, "ps": ps, "logs": logs, "stop": stop}
+VERBS = {
+    "on": on,
+    "off": off,
+    "ps": ps,
+    "logs": logs,
+    "stop": stop,
+    "reload": reload,
+    "set": set_limits,
+    "inspect": inspect,
+}
 
 if __name__ == "__main__":
     main()

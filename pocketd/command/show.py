@@ -30,12 +30,13 @@ def table(reply: dict[str, Any]) -> str:
             ],
         ),
         columns(
-            ("WORKER", "POCKET", "SERVICE", "MODE", "STATE", "PID", "AGE", *_MEMORY),
+            ("WORKER", "POCKET", "SERVICE", "GEN", "MODE", "STATE", "PID", "AGE", *_MEMORY),
             [
                 (
                     w["session"][:12],
                     w["pocket"],
                     w["service"],
+                    w["generation"],
                     w["mode"],
                     w["state"],
                     w["pid"],
@@ -48,6 +49,22 @@ def table(reply: dict[str, Any]) -> str:
     ]
     failed = [f"{s['name']}: {s['why']}\n" for s in reply["services"] if s.get("why")]
     return "\n".join(part for part in parts if part) + ("\n" + "".join(failed) if failed else "")
+
+
+def inspection(reply: dict[str, Any]) -> str:
+    """`pocket inspect`: the definition's keys, then each cgroup with the limits that hold."""
+    lines = [f"{reply['kind']} {reply['name']}"]
+    for key, value in (reply["definition"] or {}).items():
+        if value not in (None, "", [], {}, 0, False) and key != "name":
+            lines.append(f"  {key} = {value}")
+    for part in (*reply["cgroups"], *reply.get("sessions", ())):
+        who = f"session {part['session'][:12]} pid {part['pid']}" if "session" in part else "limits"
+        lines.append(f"{who} in {part['cgroup']}")
+        for level in part["levels"]:
+            for name, value in level["limits"].items():
+                held = part["holds"].get(name, {}).get("cgroup") == level["cgroup"]
+                lines.append(f"  {name} = {value}  {level['cgroup']}{'  holds' if held else ''}")
+    return "\n".join(lines) + "\n"
 
 
 _MEMORY = ("CHARGED", "PRIVATE", "SHARED", "CPU")
