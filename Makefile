@@ -1,17 +1,19 @@
 # make run    set everything up, then the main job: one real app four ways, with the difference in numbers
-# make test   set everything up, then lint and every test
+# make test   set everything up, then lint and every test, here and in a VM with systemd and all of cgroup v2
+# make test-vm  the VM's part of it; python -m tests.vm runs one file, or one command, in a VM
 # make bench  set everything up, then the benchmarks: bench/results/*.json and a plot
 # make lint   ruff and mypy alone
 # make torch  torch's CPU build for the tests that fork it (optional; they skip without it)
 # make clean  remove what the others made in this directory
 #
-# PYTHON=/path/to/python3 chooses the interpreter; TESTS='tests/x.py -k name' what `make test` runs.
+# PYTHON=/path/to/python3 chooses the interpreter; TESTS='tests/x.py -k name' what `make test` runs, on this
+# host alone. VM=skip leaves the VM out; ACCEL=kvm CPU=host are QEMU's words for it, found by trying otherwise.
 
-export PYTHON
+export PYTHON ACCEL CPU
 TESTS ?= tests
 python := .venv/bin/python
 
-.PHONY: run test bench lint torch clean
+.PHONY: run test test-vm bench lint torch clean
 
 run:
 	@deploy/prepare run
@@ -19,8 +21,25 @@ run:
 
 test:
 	@deploy/prepare test
+ifneq ($(TESTS),tests)
 	@$(MAKE) --no-print-directory ruff mypy
 	@$(python) -m pytest $(TESTS)
+else ifeq ($(VM),skip)
+	@$(MAKE) --no-print-directory ruff mypy
+	@$(python) -m pytest $(TESTS)
+	@echo 'test: VM=skip: NO TEST RAN IN A VM, and what this host skipped ran nowhere' >&2
+else
+	@deploy/prepare vm || { echo 'test: NO VM can be made here; to go on without: make test VM=skip' >&2; exit 1; }
+	@$(MAKE) --no-print-directory ruff mypy
+	@status=0; \
+	$(python) -m pytest -p tests.vm.outcomes --outcomes-to .cache/vm/outcomes-host.json $(TESTS) || status=1; \
+	$(python) -m tests.vm || status=1; \
+	exit $$status
+endif
+
+test-vm:
+	@deploy/prepare vm
+	@$(python) -m tests.vm
 
 bench:
 	@deploy/prepare run

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.vm import cpio
+
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "arm64"
 KERNEL_PACKAGES = ("linux-image-cloud-arm64", "linux-image-arm64")  # Debian's; the first has fewer modules
@@ -77,23 +79,12 @@ def build(sources: list[Path], to: Path) -> None:
     _run("aarch64-linux-gnu-gcc", *flags, "-o", str(to), *(str(s) for s in sources))
 
 
-def _cpio(files: dict[str, bytes]) -> bytes:
-    """An archive in the "newc" format (the kernel's Documentation/driver-api/early-userspace/buffer-format.rst)."""
-    parts = []
-    for number, (name, data) in enumerate([*files.items(), ("TRAILER!!!", b"")], 1):
-        mode = 0o100755 if data else 0
-        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
-        head = b"070701" + b"".join(b"%08x" % f for f in fields) + name.encode() + b"\0"
-        parts += [head + b"\0" * (-len(head) % 4), data + b"\0" * (-len(data) % 4)]
-    return b"".join(parts)
-
-
 def run(program: Path, arguments: list[str], place: Path, timeout: float) -> str:
     """Boot a machine that runs `program`; what its console said. AssertionError unless the program ended with 0."""
     init = place / "init"
     build([Path(__file__).parent / "init.c"], init)
     ramdisk = place / "initramfs"
-    ramdisk.write_bytes(_cpio({"init": init.read_bytes(), "try": program.read_bytes()}))
+    ramdisk.write_bytes(cpio.archive({"init": init.read_bytes(), "try": program.read_bytes()}))
     command = [
         *("qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a57", "-smp", "2", "-m", "512", "-accel", "tcg"),
         *("-nographic", "-nic", "none", "-no-reboot", "-kernel", str(kernel()), "-initrd", str(ramdisk)),
