@@ -93,7 +93,9 @@ def init(request: wire.Message, fds: dict, runtime: Any, models: dict, tell: int
         _, status = os.waitpid(pid, 0)
         report = {"op": "exit", "status": status}
         if request["name"] == "limited":
-            report["error"] = wire.Error("memory", "memory.max of 800M was reached").wire()
+            report["error"] = wire.Error(
+                "memory", "memory.max of 800M was reached", pocket="limited", limit=800 << 20, peak=None
+            ).wire()
         wire.send(hold, report)
     except OSError:
         pass

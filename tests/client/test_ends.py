@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from pocketd.client import LoginRefused, NotRunning, ServiceFailed, Session, Timeout, WorkerDied, login
+from pocketd.client import (
+    LoginRefused,
+    NotRunning,
+    OutOfMemory,
+    ServiceFailed,
+    Session,
+    Timeout,
+    WorkerDied,
+    login,
+)
 
 Open = Callable[..., Session]
 
@@ -56,9 +65,14 @@ def test_a_worker_that_dies_between_calls_is_named_too(open_session: Open) -> No
 
 
 def test_the_limit_that_killed_a_worker_is_the_reason(open_session: Open) -> None:
-    with pytest.raises(WorkerDied, match="memory.max of 800M") as caught:
-        open_session("limited").call("detector:die", signal.SIGKILL)
-    assert caught.value.reason == "memory.max of 800M was reached" and caught.value.signal == signal.SIGKILL
+    session = open_session("limited")
+    for _ in range(2):  # in the call and later
+        with pytest.raises(OutOfMemory, match="memory.max of 800M") as caught:
+            session.call("detector:die", signal.SIGKILL)
+        error = caught.value
+        assert isinstance(error, WorkerDied) and error.code == "memory"
+        assert error.reason == "memory.max of 800M was reached" and error.signal == signal.SIGKILL
+        assert (error.pocket, error.limit, error.peak) == ("limited", 800 << 20, None)
 
 
 def test_closing_a_session_ends_its_worker(open_session: Open) -> None:

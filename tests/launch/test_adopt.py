@@ -11,8 +11,11 @@ import pytest
 
 from cgroup.hierarchy import Hierarchy
 from cgroup.node import Cgroup
+from nsutil.processes import Peer
+from pocketd import adopt
 from pocketd.client.control import Control
 from pocketd.client.handshake import open_login
+from pocketd.wire import Error
 from tests.conftest import TIMEOUT, service_environment, toml_table, wait_for
 from tests.launch.both import read_line
 
@@ -239,6 +242,22 @@ def test_a_cgroup_is_the_kernels_word_and_not_the_callers(pocketd, tmp_path, cgr
         fields = {"adopt": True, "cgroup": unit.kernel_path, "note": {"leaf": unit.kernel_path}}
         open_login(control, mode="program", name="plain", directory=str(tmp_path), start={}, **fields)
     assert unit.procs == ()
+
+
+def test_a_pid_that_is_anothers_by_now_names_no_cgroup(cgroups):
+    hierarchy, unit = cgroups
+    script = f"echo $$ > {unit.directory}/cgroup.procs && exec cat"
+    ended = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(ended.pid)
+    ended.wait(TIMEOUT)
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as another:
+        try:
+            assert wait_for(lambda: unit.procs == (another.pid,))
+            with pytest.raises(Error, match="has ended"):
+                adopt.of_peer(hierarchy, Peer(another.pid, 0, 0, pidfd))
+        finally:
+            os.close(pidfd)
+            another.communicate(timeout=TIMEOUT)
 
 
 def test_a_command_that_adopts_waits_for_pocketd(own_pocketd, app, cgroups, adopted):

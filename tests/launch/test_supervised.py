@@ -318,7 +318,7 @@ def test_a_connection_that_was_passed_is_closed_when_the_program_closes_it(both)
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = activated(both, [theirs], "-c", "import os, sys; os.close(3); print(flush=True); os.read(1, 1)")
+            process = activated(both, [theirs], "-c", "import os, signal; os.close(3); signal.pause()")
         ours.settimeout(TIMEOUT)
         assert ours.recv(1) == b""
         process.kill()
