@@ -53,7 +53,10 @@ class Directories:
         yield scope.create(TREE)
 
     def find(self, name: str) -> Cgroup | None:
-        return _tree(name, self.base)
+        try:
+            return _tree(Cgroup(name, self.base))
+        except FileNotFoundError:
+            return None
 
     async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
         await _empty(tree, patience)
@@ -81,7 +84,7 @@ class Units:
         holder = clone.pause(flags=0)
         try:
             await systemd_units.start_scope(name, holder.pid, SLICE, "A warm service of pocketd", stop_timeout)
-            scope = Cgroup(self._path(name), self.hierarchy.root)
+            scope = self.hierarchy.open(self._path(name))
             yield scope.create(TREE)
         finally:
             await spawn.ended(holder, 0.0)
@@ -91,7 +94,10 @@ class Units:
         return f"{systemd_units.root()}{SLICE}/{name}"
 
     def find(self, name: str) -> Cgroup | None:
-        return _tree(self._path(name), self.hierarchy.root)
+        try:
+            return _tree(self.hierarchy.open(self._path(name)))
+        except FileNotFoundError:
+            return None
 
     async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
         await _empty(tree, patience)
@@ -104,11 +110,7 @@ class Units:
         pass  # systemd removes a scope that is empty, and a slice that has none
 
 
-def _tree(path: str, above: Cgroup) -> Cgroup | None:
-    try:
-        scope = Cgroup(path, above)
-    except FileNotFoundError:
-        return None
+def _tree(scope: Cgroup) -> Cgroup | None:
     try:
         return Cgroup(TREE, scope)
     except FileNotFoundError:
