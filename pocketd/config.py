@@ -25,7 +25,7 @@ from types import MappingProxyType
 
 from cgroup.limits import Limits
 from pocketd import schema
-from pocketd.definitions import NAME, VERBS, Config, Pocket, Problem, Service, describe
+from pocketd.definitions import NAME, VERBS, Admission, Config, Pocket, Problem, Service, describe
 from pocketd.schema import Entry, Reader, Refusals, Table, dotted
 
 __all__ = ["AUTHORS_FILE", "DEFAULT_PATH", "Config", "Problem", "describe", "load"]
@@ -67,12 +67,14 @@ class _Loading:
         self.parsed: dict[str, tuple[Pocket, Table]] = {}  # every pocket, rejected or not, and its merged table
         self.notices: list[str] = []
         self.run_limits: Limits = MappingProxyType({})
+        self.admission = Admission()
 
     def config(self) -> Config:
         return Config(
             services=MappingProxyType(self.services),
             pockets=MappingProxyType(self.pockets),
             run_limits=self.run_limits,
+            admission=self.admission,
             problems=tuple(self.problems),
             invalid=MappingProxyType({name: tuple(problems) for name, problems in self.invalid.items()}),
             notices=tuple(self.notices),
@@ -133,6 +135,7 @@ class _Loading:
     def define(self, tree: Table) -> Config:
         top = Reader(tree, (), self.problems)
         services, pockets, defaults = top.table("service"), top.table("pocket"), top.table("defaults")
+        self.admission = schema.admission(top.within("admission"))
         top.finish()
         kinds = Reader(defaults, ("defaults",), self.problems)
         pocket_limits, broken = self.default_limits(kinds.table("pocket"), "pocket")

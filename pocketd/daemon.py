@@ -24,11 +24,13 @@ from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
 from cgroup.limits import CONTROLLERS, Limits
 from nsutil import processes
 from pocketd import __version__, config, events, permissions, supervision, systemd_units, tuning, weights
+from pocketd.admission import Admission
 from pocketd.control import Control
 from pocketd.definitions import Config, Pocket, Service
 from pocketd.generation import Generation, Session
 from pocketd.host import Host
 from pocketd.identities import Identities
+from pocketd.idle import Idle
 from pocketd.scopes import Directories, Scopes, Units
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
@@ -48,6 +50,8 @@ class Daemon:
         self.services: dict[str, RunningService] = {}
         self.config = Config({}, {})
         self.changed: dict[str, Limits] = {}  # by `pocket set`
+        self.admission = Admission(self)
+        self.claimed: set[int] = set()  # uids of launches that have no session yet
         self.configure()
 
     def configure(self) -> None:
@@ -256,7 +260,7 @@ async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarc
     loop.add_signal_handler(signal.SIGHUP, reconfigure, daemon)
     events.emit("started", version=__version__, runtime_dir=options.runtime_dir, scopes=scopes.where)
     supervision.notify("READY=1")
-    beside = [asyncio.ensure_future(task) for task in (boot(daemon), supervision.watchdog())]
+    beside = [asyncio.ensure_future(task) for task in (boot(daemon), supervision.watchdog(), Idle(daemon).run())]
     await stop.wait()
     supervision.notify("STOPPING=1")
     for task in beside:

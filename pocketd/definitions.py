@@ -131,6 +131,16 @@ class Pocket:
 
 
 @dataclass(frozen=True)
+class Admission:
+    """[admission]: when a launch waits for memory, and for how long."""
+
+    reserve: int = 64 << 20  # bytes that launches leave to the host
+    pressure: float = 40.0  # percent of time that all stalls for memory (PSI, full avg10)
+    queue: int = 64  # launches that may wait
+    wait: float = 30.0  # seconds
+
+
+@dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with the configuration. `message` says what, and what would be right."""
 
@@ -152,6 +162,7 @@ class Config:
     services: Mapping[str, Service]
     pockets: Mapping[str, Pocket]
     run_limits: Limits = _empty()  # [defaults.run]: of ad hoc runs
+    admission: Admission = Admission()
     problems: tuple[Problem, ...] = ()
     invalid: Mapping[str, tuple[Problem, ...]] = _empty()
     notices: tuple[str, ...] = ()  # not wrong, and worth a line in the log

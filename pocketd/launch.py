@@ -59,7 +59,11 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             return _reply(*known)
         generation = await service.on(progress)
         stack.enter_context(generation.busy())
+        limits = definition.limits if definition else daemon.config.run_limits
+        await daemon.admission.admit(definition.name if definition else "an ad hoc run", limits, progress)
         plan = make_plan(daemon, generation, peer, definition, identity)
+        daemon.claimed.add(plan.uid)  # until its session is there, or is not
+        stack.callback(daemon.claimed.discard, plan.uid)
         files = _files(daemon, plan, peer, request, given, stack)
         files += unit.notify(request, given.get("notify"), peer, daemon.identities, stack)
         secret = unit.credentials(request, given.get("credentials"))
@@ -110,7 +114,7 @@ def make_plan(
 ) -> Plan:
     """Decide who the worker is: a pocket's own id, or the caller's own; root's caller gets an id of the range."""
     offered = frozenset(generation.definition.models)
-    used = {s.note.get("uid", 0) for _, s in daemon.sessions()}
+    used = daemon.claimed | {s.note.get("uid", 0) for _, s in daemon.sessions()}
     if definition is None:
         if "defaults.run" in daemon.config.invalid:
             raise Error(
@@ -227,9 +231,7 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
     }
 
 
-def _orders(
-    generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]], secret: str | None
-) -> int:
+def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]], secret: str | None) -> int:
     """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
 
     A template passes it on unread: what it had once held, later workers of other pockets could find in their memory.

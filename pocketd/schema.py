@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from cgroup import limits as limits_of
 from cgroup.limits import LimitError, Limits
-from pocketd.definitions import Allow, ModelFactory, ModelFile, Pocket, Problem, Service, User
+from pocketd.definitions import Admission, Allow, ModelFactory, ModelFile, Pocket, Problem, Service, User
 from pocketd.paths import Mount, parse_mount, refuse_directory
 
 T = TypeVar("T")
@@ -174,13 +174,24 @@ def count(value: object) -> int:
     return value
 
 
-def seconds(least: float, most: float) -> Callable[[object], float]:
+def number(least: float, most: float, unit: str) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise Invalid(f"is not a number of seconds; write one from {least:g} to {most:g}")
+            raise Invalid(f"is not a number of {unit}; write one from {least:g} to {most:g}")
         return float(value)
 
     return parse
+
+
+def seconds(least: float, most: float) -> Callable[[object], float]:
+    return number(least, most, "seconds")
+
+
+def size(value: object) -> int:
+    parsed = limits_of.parse("memory.low", value)
+    if parsed == "max":
+        raise Invalid('is not a size; write one such as "256M"')
+    return int(parsed)
 
 
 def absolute(value: object) -> Path:
@@ -354,6 +365,19 @@ def service(name: str, reader: Reader, refusals: Refusals) -> Service:
         for key in ("python", "models"):
             if key in reader:
                 reader.fail(key, 'is of no use to runtime = "exec", which runs programs; leave it out')
+    reader.finish()
+    return found
+
+
+def admission(reader: Reader) -> Admission:
+    """[admission]."""
+    default = Admission()
+    found = Admission(
+        reserve=reader.take("reserve", size, default.reserve),
+        pressure=reader.take("pressure", number(1, 100, "percent"), default.pressure),
+        queue=reader.take("queue", count, default.queue),
+        wait=reader.take("wait", seconds(0, 3600), default.wait),
+    )
     reader.finish()
     return found
 

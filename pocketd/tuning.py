@@ -40,7 +40,7 @@ def set_limits(daemon: Daemon, name: str, given: Mapping[str, object], persist: 
         raise Error("not-found", f"there is no pocket or service {name!r}")
     if kind is None and persist:
         raise Error("bad-request", f"{name} has no definition that could keep a limit; leave --persist out")
-    units = {s.note["adopted_from"] for _, s in daemon.sessions() if s.pocket == name and s.note.get("adopted_from")}
+    units = {s.note["leaf"].rpartition("/")[2] for _, s in daemon.sessions() if s.pocket == name and s.adopted}
     try:
         for path in cgroups:
             with daemon.host.hierarchy.open(path) as cgroup:

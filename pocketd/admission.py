@@ -1,0 +1,136 @@
+"""Admission by memory: a launch that this host cannot hold waits its turn, or is refused in words.
+
+The host's word is MemAvailable (proc_meminfo(5)) and its pressure stall information (kernel document
+accounting/psi). What pockets were promised by memory.low and have not used yet is not available to others, nor is the
+configured reserve. Nobody else is pushed into an out-of-memory kill by a launch that could have waited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cgroup.node import Cgroup
+from pocketd import events
+from pocketd.wire import Error
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+
+# What a worker needs until its first result: copied pages of its template, its own tables. docs/performance.md has what
+# TensorFlow's take.
+WORKER = 32 << 20
+YOUNG = 2.0  # seconds in which a worker has not yet taken what it will
+_LOOK = 0.25  # seconds; no descriptor tells of MemAvailable
+
+
+class Admission:
+    def __init__(self, daemon: Daemon):
+        self.daemon = daemon
+        self.waiting = 0
+        self._turn = asyncio.Lock()  # first come, first served
+
+    async def admit(self, name: str, limits: Mapping[str, str], progress: Callable[[str], None]) -> None:
+        """Return when there is room for a worker of pocket `name`. Raises Error("host-memory") when there is not."""
+        rules = self.daemon.config.admission
+        why = self.refusal(name, limits)
+        if why is None and not self.waiting:
+            return
+        if self.waiting >= rules.queue:
+            raise Error("host-memory", f"{why or 'others wait for memory'}; {self.waiting} launches wait already")
+        self.waiting += 1
+        events.emit("launch-waits", "notice", pocket=name, why=why, waiting=self.waiting)
+        progress(f"waiting for memory: {why or 'others wait too'}")
+        try:
+            async with asyncio.timeout(rules.wait), self._turn:
+                while why := self.refusal(name, limits):
+                    await asyncio.sleep(_LOOK)
+        except TimeoutError:
+            said = self.refusal(name, limits) or "others wait for memory"
+            raise Error(
+                "host-memory",
+                f"{name} was not started: {said}; it waited {rules.wait:g} s. End something (pocket ps), or change "
+                "[admission] in pocketd.conf",
+            ) from None
+        finally:
+            self.waiting -= 1
+
+    def refusal(self, name: str, limits: Mapping[str, str]) -> str | None:
+        """Why there is no room now, or None."""
+        rules = self.daemon.config.admission
+        pressure = memory_pressure()
+        if pressure is not None and pressure >= rules.pressure:
+            return f"this host stalls for memory {pressure:.0f}% of the time (the limit is {rules.pressure:g}%)"
+        need = max(WORKER, _number(limits.get("memory.low")) - self._charged(name))
+        most = _number(limits.get("memory.max"))
+        need = min(need, most) if most else need
+        available, promised = memory_available(), self._promised(name)
+        if need <= available - promised - rules.reserve:
+            return None
+        return (
+            f"a worker needs about {_size(need)}, and this host has {_size(available)} available, of which "
+            f"{_size(rules.reserve)} are kept in reserve and {_size(promised)} are promised to others"
+        )
+
+    def _promised(self, name: str) -> int:
+        """Bytes that other pockets may still take: by memory.low, or as they have only just begun."""
+        now, promised = time.time(), 0
+        seen: set[str] = set()
+        for g, s in self.daemon.sessions():
+            if s.leaf and now - s.started < YOUNG:
+                promised += max(0, WORKER - (_current(s.leaf) or 0))
+            if s.pocket in seen or s.pocket == name or not g.tree:
+                continue
+            seen.add(s.pocket)
+            definition = self.daemon.config.pockets.get(s.pocket)
+            low = _number(definition.limits.get("memory.low")) if definition else 0
+            if low:
+                promised += max(0, low - self._charged(s.pocket))
+        return promised
+
+    def _charged(self, name: str) -> int:
+        total = 0
+        for service in self.daemon.services.values():
+            for g in service.generations():
+                try:
+                    if g.tree:
+                        with Cgroup(f"pockets/{name}", g.tree) as pocket:
+                            total += _current(pocket) or 0
+                except OSError:
+                    pass  # it has no worker here
+        return total
+
+
+def memory_available() -> int:
+    """Bytes that can be used without swapping, by the kernel's own estimate."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def memory_pressure() -> float | None:
+    """Percent of the last ten seconds in which all that could run waited for memory; None without PSI."""
+    try:
+        text = Path("/proc/pressure/memory").read_text()
+    except OSError:  # not in this kernel, or switched off (psi=0: EOPNOTSUPP)
+        return None
+    found = re.search(r"^full avg10=([0-9.]+)", text, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def _current(cgroup: Cgroup) -> int | None:
+    try:
+        return cgroup.memory_current
+    except OSError:
+        return None
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def _size(count: int) -> str:
+    return f"{max(0, count) / (1 << 20):.0f}M"
