@@ -1,4 +1,4 @@
-"""A service's init at SIGTERM, as systemd sends it to every process of the scope at power-off; a template that hangs."""
+"""A service's init at SIGTERM, as systemd sends it to all of the scope at power-off; and a template that hangs."""
 
 from __future__ import annotations
 
