@@ -73,6 +73,7 @@ class Generation:
         self.started = time.time()
         self.templates = Templates(self)
         self.sessions: dict[str, Session] = {}
+        self.endings: dict[str, Message] = {}  # the last one that a limit was the reason of, by pocket
         self.command: list[str] | None = None
         self.models: dict[str, str] = {}  # name -> what a template is told to load
         self.logins = 0  # in progress
@@ -149,7 +150,7 @@ class Generation:
                 s["session"], note["pocket"], note, leaf, _host_pid(leaf, s["pid"]), s["started"]
             )
         for s in hello["ended"]:
-            self.keep(self._end_session(s["session"]))
+            self.keep(self._end_session(s["session"], s.get("status"), s.get("error")))
 
     # -- what init says by itself
 
@@ -157,7 +158,7 @@ class Generation:
         with fds:
             op = message.get("op")
             if op == "session-ended":
-                self.keep(self._end_session(message["session"], message.get("status")))
+                self.keep(self._end_session(message["session"], message.get("status"), message.get("error")))
             elif op == "session-born" and message["session"] in self.sessions:  # asked for by the pocketd before
                 session = self.sessions[message["session"]]
                 if len(fds):
@@ -174,14 +175,25 @@ class Generation:
             self.running = False
             self._changed(self, Error("service", f"service {self.name} ended: its init is gone ({reason})"))
 
-    async def _end_session(self, identity: str, status: int | None = None) -> None:
+    async def _end_session(self, identity: str, status: int | None = None, error: Any = None) -> None:
         session = self.sessions.get(identity)
         if session:
             code = os.waitstatus_to_exitcode(status) if status is not None else None
             events.emit("session-ended", service=self.name, pocket=session.pocket, session=identity, status=code)
+            if error:
+                self._remember(session.pocket, Error.unwire(error))
             await self.drop_session(session)
         if self.init:
             await self.init.send({"op": "forget", "session": identity})
+
+    def _remember(self, pocket: str, error: Error) -> None:
+        """A worker that the kernel ended for its limit: for the journal, and for `pocket ps`."""
+        details = {key: error.detail.get(key) for key in ("limit", "peak", "cgroup")}
+        events.emit("memory-limit", "warning", service=self.name, pocket=pocket, why=error.message, **details)
+        self.endings.pop(pocket, None)
+        self.endings[pocket] = {"why": error.message, "code": error.code, "at": time.time(), **details}
+        while len(self.endings) > 1000:
+            self.endings.pop(next(iter(self.endings)))
 
     async def drop_session(self, session: Session) -> None:
         """Remove a session's leaf, and its pocket's cgroup when it was the last."""
@@ -237,17 +249,19 @@ class Generation:
     # -- its end
 
     async def end(self) -> None:
-        """End every session, and leave nothing."""
+        """End every session, in order: SIGTERM, then `stop_timeout` seconds. Leave nothing."""
         self.running = False
+        patience = 2.0
         if self.init:
             try:
                 (await self.init.call("stop", timeout=5.0))[1].close()
+                patience += self.definition.stop_timeout
             except (Error, ConnectionError):
                 pass
-        await self.clear()
+        await self.clear(patience)
 
-    async def clear(self) -> None:
-        """Leave nothing: no process, no cgroup, no socket."""
+    async def clear(self, patience: float = 0.0) -> None:
+        """Leave nothing: no process, no cgroup, no socket. What has not ended after `patience` seconds is killed."""
         self.running = False
         if self.init:
             self.init.close("the service is off")
@@ -259,7 +273,7 @@ class Generation:
                     session.leaf.close()
                 session.over.set()
             self.templates.close()
-            await self.host.scopes.end(self.scope_name, tree)
+            await self.host.scopes.end(self.scope_name, tree, patience)
         self.sessions.clear()
         shutil.rmtree(self.place, ignore_errors=True)
 

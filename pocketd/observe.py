@@ -54,6 +54,8 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
     for name, definition in daemon.config.pockets.items():
         idle = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
         pockets.setdefault(name, idle)
+    for row in pockets.values():
+        row["last"] = _last(daemon, str(row["name"]))
     for name, problems in daemon.config.invalid.items() if peer.uid == 0 else ():
         why = "; ".join(p.message for p in problems)
         pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})
@@ -82,6 +84,12 @@ def _pocket(service: RunningService, g: Generation, session: Session) -> dict[st
         except OSError:
             pass  # it ended just now
     return row
+
+
+def _last(daemon: Daemon, pocket: str) -> dict[str, Any] | None:
+    """How a limit last ended one of a pocket's workers."""
+    found = [g.endings[pocket] for s in daemon.services.values() for g in s.generations() if pocket in g.endings]
+    return max(found, key=lambda ending: ending["at"], default=None)
 
 
 def usage(leaf: Cgroup | None) -> dict[str, Any]:

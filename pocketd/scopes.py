@@ -19,6 +19,7 @@ from pocketd import spawn, systemd_units
 
 TREE = "service"
 SLICE = "pocketd.slice"
+MARGIN = 3.0  # seconds for init to end what has not ended in time, before systemd does
 
 
 class Scopes(Protocol):
@@ -83,7 +84,7 @@ class Units:
         # A scope unit begins with a process; this one leaves it when the service's own is there.
         holder = clone.pause(flags=0)
         try:
-            await systemd_units.start_scope(name, holder.pid, SLICE, "A warm service of pocketd", stop_timeout)
+            await systemd_units.start_scope(name, holder.pid, SLICE, "A warm service of pocketd", stop_timeout + MARGIN)
             scope = self.hierarchy.open(self._path(name))
             yield scope.create(TREE)
         finally:

@@ -18,8 +18,10 @@ import msgpack
 from nsutil import messages
 from nsutil.messages import Fds, MessageError
 
+# What this side understands. A message says by "v" which version it takes to understand it, the lowest that does: so
+# the pocketd, command and client library of one version serve the inits, templates and workers of the one before, which
+# go on when another is installed over them, and are served by it.
 VERSION = 1
-# A peer of the version before is served.
 OLDEST = 1
 
 Message = Dict[str, Any]
@@ -48,7 +50,7 @@ class Error(Exception):
 
 
 def pack(message: Message) -> bytes:
-    packed: bytes = msgpack.packb({"v": VERSION, **message}, use_bin_type=True, unicode_errors="surrogateescape")
+    packed: bytes = msgpack.packb({"v": OLDEST, **message}, use_bin_type=True, unicode_errors="surrogateescape")
     return packed
 
 
@@ -62,7 +64,7 @@ def unpack(body: bytes) -> Message:
         raise MessageError("not a map with string keys")
     version = message.get("v")
     if not isinstance(version, int) or not OLDEST <= version <= VERSION:
-        raise MessageError(f"version {version!r} of the protocol; this side speaks {OLDEST} to {VERSION}")
+        raise MessageError(f"version {version!r} of the protocol; this side understands {OLDEST} to {VERSION}")
     return message
 
 

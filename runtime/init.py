@@ -53,6 +53,7 @@ class Init:
         self.running = True
         self.stop_timeout = STOP_TIMEOUT
         self.stopping: Optional[float] = None  # when the sessions that are left are ended
+        self.why: Optional[Message] = None  # what callers are told then, besides their worker's status
 
     # -- the loop
 
@@ -125,7 +126,8 @@ class Init:
         self.reap()
 
     def stop_in_order(self) -> None:
-        """SIGTERM: systemd stops the scope (at power-off, say) and has told every process of it, workers too.
+        """SIGTERM: systemd stops the scope (at power-off, say) and has told every process of it, workers too; or
+        `stop`. No more launches.
 
         Each caller gets its worker's status; those that do not end in time are ended.
         """
@@ -216,11 +218,17 @@ class Init:
         self.tell({"id": message["id"], "ok": True})
 
     def on_stop(self, message: Message, fds: Fds) -> None:
-        """End the service. The kernel ends every process of the pid namespace with PID 1."""
-        for session in self.sessions.values():
-            self.say(session, {"op": "exit", "error": Error("service-off", "the service was switched off").wire()})
+        """End the service: SIGTERM for each worker, and when all have ended, or their time is up, for good.
+
+        The kernel ends every process of the pid namespace with PID 1.
+        """
+        self.why = Error("service-off", "the service was switched off").wire()
         self.tell({"id": message["id"], "ok": True})
-        self.running = False
+        if self.stopping is None:
+            self.stop_in_order()
+        for s in self.sessions.values():
+            if s.pid and s.status is None:
+                self.signal(s, signal.SIGTERM, False)
 
     # -- templates
 
@@ -514,6 +522,8 @@ class Init:
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended
         if killed and oom.kills(s.leaf) > s.oom_kills:
             message["error"] = s.error = oom.error(s.leaf, s.note).wire()
+        elif self.why:
+            message["error"] = self.why
         self.say(s, message)
         self.finish(s)
 

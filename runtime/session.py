@@ -151,7 +151,7 @@ class Session:
     def _announce(self) -> None:
         while self._heap.fresh:
             number, fd = self._heap.fresh.pop(0)
-            announcement = self._format.pack({"v": wire.VERSION, "op": "arena", "arena": number})
+            announcement = self._format.pack({"v": wire.OLDEST, "op": "arena", "arena": number})
             try:
                 messages.send(self._sock, announcement, [fd])
             finally:
@@ -167,7 +167,7 @@ class Session:
             self._current = id
             if id in self._cancelled:
                 raise Cancel
-            reply = {"v": wire.VERSION, "id": id, "ok": True, "value": self._do(message)}
+            reply = {"v": wire.OLDEST, "id": id, "ok": True, "value": self._do(message)}
             if self._heap.dropped:
                 reply["drop"] = self._heap.dropped
             packed = self._format.pack(reply)
@@ -183,7 +183,7 @@ class Session:
             for handle in self._exported:  # a result that was packed in part only
                 self._heap.free(handle.arena, handle.offset)
             error = e if isinstance(e, Error) else self._error(e)
-            return self._format.pack({"v": wire.VERSION, "id": id, "error": error.wire()})
+            return self._format.pack({"v": wire.OLDEST, "id": id, "error": error.wire()})
 
     def _do(self, message: wire.Message) -> Any:
         op = message.get("op")

@@ -72,7 +72,7 @@ class Core:
             )
         frees = self._collect()
         self._last = id = self._last + 1
-        message = {"v": wire.VERSION, "op": op, "id": id, **fields}
+        message = {"v": wire.OLDEST, "op": op, "id": id, **fields}
         if frees:
             message["free"] = frees
         if self._heap.dropped:
@@ -96,7 +96,7 @@ class Core:
         if not self._heap.fresh:
             return id, [(body, None)]
         announced, self._heap.fresh = self._heap.fresh, []
-        named = ({"v": wire.VERSION, "op": "arena", "arena": number} for number, _ in announced)
+        named = ({"v": wire.OLDEST, "op": "arena", "arena": number} for number, _ in announced)
         arenas: List[Outgoing] = [(self._format.pack(m), fd) for m, (_, fd) in zip(named, announced)]
         return id, [*arenas, (body, None)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 
@@ -48,6 +49,11 @@ def table(reply: dict[str, Any]) -> str:
         ),
     ]
     failed = [f"{s['name']}: {s['why']}\n" for s in reply["services"] if s.get("why")]
+    failed += [
+        f"{p['name']}: {p['last']['why']}, {age(time.time() - p['last']['at'])} ago\n"
+        for p in reply["pockets"]
+        if p.get("last")
+    ]
     return "\n".join(part for part in parts if part) + ("\n" + "".join(failed) if failed else "")
 
 

@@ -43,6 +43,6 @@ def test_a_service_that_is_switched_off_says_so(daemon, tmp_path, begun):
         with pytest.raises(WorkerDied):
             session.call("app:nap")
     out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 125
+    assert process.returncode == -signal.SIGTERM
     assert err == b"pocket: the service was switched off\n"
     assert not list(daemon.cgroup_path.glob("*.scope"))
