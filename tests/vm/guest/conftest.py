@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 # Made by the VM's initramfs.
 IN_THE_VM = Path("/run/vm/job").exists()
 
 collect_ignore_glob = [] if IN_THE_VM else ["*"]
+
+
+@pytest.fixture(scope="session")
+def installed():
+    """pocketd, installed and running under systemd; two services, nothing in them yet."""
+    from tests.vm.guest import installed as place
+
+    place.install()
+    place.CONFIGURATION.write_text(place.BASE)
+    place.systemctl("enable", "--now", "pocketd.socket", "pocketd.service")
+    yield place
+    place.systemctl("stop", "pocketd.socket", "pocketd.service")
