@@ -157,10 +157,10 @@ def show_credentials(fd: int, message: Message, made: List[str]) -> None:
 
 def confine(message: Message) -> None:
     """Give up everything, for good: every thread that comes back later lacks it too."""
+    oom(0)  # before the change of uid, after which the file is root's
     privileges.new_session_keyring()
     privileges.become(message["uid"], message["gid"])
     privileges.dumpable(False)
-    oom(0)
 
 
 def oom(score: int) -> None:
