@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +126,11 @@ def test_a_template_that_hangs_in_a_fork_is_ended_and_made_again(daemon, own):
     lines = json.loads(daemon.pocket("logs", "plain", "--json").stdout)["lines"]
     assert any("hangs in a fork and is ended" in line for line in lines), lines
     assert daemon.settled()
+
+
+def test_a_worker_has_the_usual_oom_score_whatever_its_template_has(daemon, own):
+    """pocketd's unit has a lower one, so that workers go first; to raise it here takes no privilege."""
+    own.pocket("-c", "")
+    (template,) = daemon.ps()["templates"]
+    Path(f"/proc/{template['pid']}/oom_score_adj").write_text("500")
+    assert own.pocket("-c", "print(open('/proc/self/oom_score_adj').read(), end='')").out == b"0\n"
