@@ -32,6 +32,10 @@ class MessageError(Exception):
     """What arrived is not a message. The peer is at fault; its socket should be closed."""
 
 
+class DescriptorsLost(MessageError):
+    """The kernel could not install all descriptors of a message: this process has no room for them (RLIMIT_NOFILE)."""
+
+
 class Fds:
     """Received descriptors, closed together unless taken one by one.
 
@@ -123,8 +127,10 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
         return data[1:], _NONE
     fds = Fds(fd for level, kind, block in ancillary for fd in _descriptors(level, kind, block))
     try:
+        if got & _CONTROL_TRUNCATED and len(fds) < MAX_FDS:
+            raise DescriptorsLost("no descriptor could be opened for what a message carried: RLIMIT_NOFILE is reached")
         if got & _CONTROL_TRUNCATED:
-            raise MessageError(f"more than {MAX_FDS} descriptors in one message, or none could be opened for it")
+            raise MessageError(f"more than {MAX_FDS} descriptors in one message")
         if got & _TRUNCATED:
             raise MessageError(f"a datagram of more than {MAX_INLINE + 1} bytes")
         if not data:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
 CONNECTIONS = 512  # at once; the listening queue holds those beyond
+REST = 0.2  # seconds
 _PENDING = 16  # requests of one connection at once
 
 
@@ -193,6 +194,7 @@ class Control:
         self.daemon = daemon
         self.path = path if given is None else None
         self.connections: set[Any] = set()
+        self._resting: asyncio.TimerHandle | None = None
         self.sock = given or self._bind(path, group)
         self.sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self.sock, self._accept)
@@ -213,23 +215,33 @@ class Control:
     def _accept(self) -> None:
         try:
             sock, _ = self.sock.accept()
+        except BlockingIOError:
+            return
         except OSError as e:
-            if not isinstance(e, BlockingIOError):
-                events.emit("accept-failed", "warning", why=str(e))
+            self._rest(e)
             return
         try:
             peer = processes.peer(sock)
-        except (processes.Gone, OSError):
-            sock.close()
+        except (processes.Gone, OSError) as e:
+            _refuse(sock, Error("kernel", f"pocketd cannot see who calls: {e}"))
             return
         if len(self.connections) >= CONNECTIONS:
             events.emit("too-many-connections", "warning", limit=CONNECTIONS)
             os.close(peer.pidfd)
-            sock.close()
+            _refuse(sock, Error("full", f"pocketd has {CONNECTIONS} connections already; try again later"))
             return
         self.connections.add(Connection(self.daemon, sock, peer, self.connections.discard))
 
+    def _rest(self, e: OSError) -> None:
+        """accept(2) failed, for want of descriptors or memory: callers wait in its queue; the loop does not spin."""
+        events.emit("accept-failed", "warning", why=str(e))
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.sock)
+        self._resting = loop.call_later(REST, lambda: loop.add_reader(self.sock, self._accept))
+
     def close(self) -> None:
+        if self._resting:
+            self._resting.cancel()
         asyncio.get_running_loop().remove_reader(self.sock)
         self.sock.close()
         if self.path is not None:
@@ -237,3 +249,9 @@ class Control:
                 os.unlink(self.path)
         for connection in list(self.connections):
             connection.link.close("pocketd ends")
+
+
+def _refuse(sock: socket.socket, error: Error) -> None:
+    """An answer to whatever a caller will ask, who may not ask: it has no id."""
+    with sock, contextlib.suppress(OSError):
+        wire.send(sock, {"id": None, "error": error.wire()}, flags=socket.MSG_DONTWAIT)

@@ -36,11 +36,22 @@ class Identities:
         """The id of a named pocket: the same for ever."""
         if name not in self._named:
             taken = set(self._named.values())
-            self._named[name] = next(i for i in range(FIRST, FIRST + _NAMED) if i not in taken)
-            temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps(self._named, indent=1, sort_keys=True))
-            temporary.replace(self._path)
+            given = {**self._named, name: next(i for i in range(FIRST, FIRST + _NAMED) if i not in taken)}
+            self._keep(given)
+            self._named = given
         return self._named[name]
+
+    def _keep(self, named: dict[str, int]) -> None:
+        """An id that could be given to another pocket after a crash is not given at all. Raises Error."""
+        temporary = self._path.with_suffix(".new")
+        try:
+            with open(temporary, "w") as file:
+                file.write(json.dumps(named, indent=1, sort_keys=True))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as e:
+            raise Error("state", f"{self._path} cannot be written: {e.strerror}; make room there") from None
 
     def ad_hoc(self, used: Collection[int]) -> int:
         """The lowest id that no running pocket has: its id maps are at hand, and no file is its own any more."""

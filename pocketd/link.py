@@ -6,12 +6,13 @@ Sending never blocks the daemon: a peer whose buffer is full for longer than `SE
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nsutil.messages import Fds, MessageError
+from nsutil.messages import DescriptorsLost, Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 
@@ -45,6 +46,9 @@ class Link:
             except BlockingIOError:
                 return
             except (EOFError, OSError, MessageError) as e:
+                if isinstance(e, DescriptorsLost):  # the peer did nothing wrong, and should know
+                    with contextlib.suppress(OSError):
+                        wire.send(self.sock, {"id": None, "error": Error("full", f"pocketd: {e}").wire()})
                 self.close(str(e))
                 return
             waiting = self._waiting.get(message.get("id", 0)) if "op" not in message else None

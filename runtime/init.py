@@ -534,6 +534,11 @@ class Init:
                 _, s.status = os.waitpid(s.pid, os.WNOHANG | WALL)
             except ChildProcessError:
                 s.status = signal.SIGKILL
+        if not s.pid and s.request is not None:  # its pause was killed, or its caller went, in the midst of the launch
+            error = Error("launch", "the session ended before its worker was born").wire()
+            self.tell({"id": s.request, "error": error})
+            self.say(s, {"op": "exit", "error": error})
+            s.request = None
         self.close_hold(s)
         if s.output is not None:
             while s.output in self.handlers and select.select([s.output], [], [], 0)[0] and self.drain_worker(s):

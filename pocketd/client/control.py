@@ -57,11 +57,16 @@ class Control:
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._wait(deadline, op)
-            wire.send(self._sock, {"op": op, "id": id, **fields}, fds)
+            try:
+                wire.send(self._sock, {"op": op, "id": id, **fields}, fds)
+            except BrokenPipeError:
+                pass  # closed on the other side, which may have said why
             while True:
                 self._wait(deadline, op)
                 message, received = wire.receive(self._sock)
                 received.close()
+                if message.get("id") is None and "error" in message:  # pocketd will not hear any request now
+                    raise errors.of(wire.Error.unwire(message["error"]))
                 if message.get("id") != id:
                     continue
                 if "progress" in message:
