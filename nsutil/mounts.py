@@ -62,20 +62,37 @@ def open_tree(path: str | bytes, *, at: int = AT_FDCWD, recursive: bool = False)
 
     Returns a descriptor that the caller owns; closing it before it was attached undoes everything. EINVAL when the
     descriptor belongs to another mount namespace.
+
+    The copy is private. A copy of a shared mount (with systemd every mount of the host is, mount_namespaces(7)) is
+    its peer: what was mounted on one worker's copy would appear on the host and in every other worker, and each of
+    those twice at the next.
     """
     name = os.fsencode(path)
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (0 if name else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
     detail = os.fsdecode(name) or f"descriptor {at}"
-    return syscall(SYS_OPEN_TREE, at, ctypes.c_char_p(name), flags, call="open_tree", detail=detail)
+    tree = syscall(SYS_OPEN_TREE, at, ctypes.c_char_p(name), flags, call="open_tree", detail=detail)
+    try:
+        set_attributes(tree, 0, propagation=MS_PRIVATE, recursive=recursive)
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
 
 
 def set_attributes(
-    tree: int, set_: int, *, clear: int = 0, userns: int | None = None, recursive: bool = False, path: str = ""
+    tree: int,
+    set_: int,
+    *,
+    clear: int = 0,
+    propagation: int = 0,
+    userns: int | None = None,
+    recursive: bool = False,
+    path: str = "",
 ) -> None:
     """Change MOUNT_ATTR_* of a detached tree, or of the mount at `path`. `userns`: see namespaces.id_map."""
     if userns is not None:
         set_ |= MOUNT_ATTR_IDMAP
-    block = ctypes.create_string_buffer(struct.pack("4Q", set_, clear, 0, userns or 0), 32)
+    block = ctypes.create_string_buffer(struct.pack("4Q", set_, clear, propagation, userns or 0), 32)
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
     name = ctypes.c_char_p(os.fsencode(path))
     syscall(SYS_MOUNT_SETATTR, tree, name, flags, block, 32, call="mount_setattr", detail=path or f"tree {tree}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TIMEOUT
+from tests.conftest import TIMEOUT, service_environment, toml_table
 from tests.launch.both import Both, read_line
 
 TEN = 10
@@ -315,3 +315,37 @@ def test_ways_out_are_closed(both):
     lines = ended.out.decode().splitlines()
     assert ended.status == 0 and len(lines) == 13, ended.shown()
     assert [line for line in lines if not line.endswith("refused")] == []
+
+
+def test_nothing_is_mounted_on_a_shared_file_system(own_pocketd, tmp_path, begun):
+    """Under systemd every mount of the host is shared: what a worker mounts must not appear there, nor in others."""
+    shared = tmp_path / "shared"
+    (shared / "app/out").mkdir(parents=True)
+    (shared / "app/app.py").write_text("import sys; print('ready', flush=True); sys.stdin.read()")
+    subprocess.run(["mount", "--bind", shared, shared], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", shared], check=True)
+        before = Path("/proc/self/mountinfo").read_text()
+        daemon = own_pocketd(f"""
+            [service.plain]
+            runtime = "python"
+            env = {toml_table(service_environment())}
+            [pocket.app]
+            service = "plain"
+            dir = "{shared}/app"
+            program = "app.py"
+            mounts = ["{shared}:/shown:rw"]
+            allow = {{ write = ["out"] }}
+        """)
+        words = {"env": daemon.environment, "stdin": subprocess.PIPE}
+        running = [begun(daemon.command("app"), **words) for _ in range(6)]
+        assert Path("/proc/self/mountinfo").read_text() == before
+        counts = {len(Path(f"/proc/{w['pid']}/mountinfo").read_text().splitlines()) for w in daemon.workers()}
+        assert len(counts) == 1
+        for process in running:
+            process.kill()
+            process.wait()
+        assert daemon.settled()
+        assert Path("/proc/self/mountinfo").read_text() == before
+    finally:
+        subprocess.run(["umount", "--recursive", shared], check=True)
