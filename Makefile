@@ -4,6 +4,7 @@
 # make bench  set everything up, then the benchmarks: bench/results/*.json and a plot
 # make lint   ruff and mypy alone
 # make torch  torch's CPU build for the tests that fork it (optional; they skip without it)
+# make install  pocketd and its units for this host (PREFIX=/usr/local); make uninstall
 # make clean  remove what the others made in this directory
 #
 # PYTHON=/path/to/python3 chooses the interpreter; TESTS='tests/x.py -k name' what `make test` runs, on this
@@ -13,7 +14,7 @@ export PYTHON ACCEL CPU
 TESTS ?= tests
 python := .venv/bin/python
 
-.PHONY: run test test-vm bench lint torch clean
+.PHONY: run test test-vm bench lint torch install uninstall clean
 
 run:
 	@deploy/prepare run
@@ -58,6 +59,9 @@ mypy:
 
 torch:
 	@deploy/prepare torch
+
+install uninstall:
+	@deploy/install $@
 
 clean:
 	rm -rf .venv .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache nsutil/*.so bench/results examples/*/out

@@ -43,6 +43,6 @@ def test_the_files_that_it_names_are_there():
 
 
 def test_its_verbs_are_the_commands():
-    shown = set(re.findall(r"`pocket (ps|logs|stop|run)\b", README))
-    assert shown == {"ps", "logs", "stop", "run"}
+    shown = set(re.findall(r"`pocket (ps|logs|stop|run|set|inspect|reload|off)\b", README))
+    assert shown == {"ps", "logs", "stop", "run", "set", "inspect", "reload", "off"}
     assert {*command.VERBS, "run"} >= shown
