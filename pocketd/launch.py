@@ -69,6 +69,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         secret = unit.credentials(request, given.get("credentials"))
         models = plan.models if mode == "client" and plan.models else None
         template = await generation.templates.get(models, progress)
+        if not generation.running:
+            raise Error("service", f"service {generation.name} was switched off meanwhile; ask again")
         if wire.field(request, "adopt", bool, False):
             leaf, where = adopt.place(daemon.host.hierarchy, peer, plan.limits, identity)
         else:

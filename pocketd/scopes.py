@@ -7,6 +7,7 @@ daemon-reload.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
@@ -120,7 +121,7 @@ def _tree(scope: Cgroup) -> Cgroup | None:
 
 
 async def _empty(tree: Cgroup, patience: float) -> None:
-    with tree.watch() as watch:
+    with contextlib.suppress(FileNotFoundError), tree.watch() as watch:  # systemd may have removed it by now
         try:
             await watch.empty(patience)
         except TimeoutError:

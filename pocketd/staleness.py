@@ -32,6 +32,7 @@ class Staleness:
         self._changed = changed
         self._files: dict[str, tuple[int, int, int]] = {}
         self._directories: set[str] = set()
+        self._late: set[str] = set()  # files that changed while a template loaded
         self._inotify: Inotify | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._first = 0.0
@@ -39,8 +40,12 @@ class Staleness:
     def watch(self, snapshot: int) -> None:
         """Watch the files that runtime.imported.snapshot names. `snapshot` stays the caller's."""
         listed = msgpack.unpackb(memory.read_sealed(snapshot, _MOST), unicode_errors="surrogateescape")
-        for path, mtime, size, inode in listed:
-            self._files[self._root + str(path)] = (int(mtime), int(size), int(inode))
+        for path, mtime, size, inode, late in listed:
+            found = self._root + str(path)
+            self._files[found] = (int(mtime), int(size), int(inode))
+            if late and found not in self._late:  # once: some packages write files of theirs when they are imported
+                self._late.add(found)
+                self._files[found] = (0, 0, 0)
         try:
             if self._inotify is None:
                 self._inotify = Inotify()

@@ -65,15 +65,23 @@ class Templates:
 
         Raises Error with the template's own standard error when it does not get ready.
         """
-        for t in self:
-            if t.ready and not t.stale and t.key == models:
+        while True:
+            for t in self:
+                if t.ready and not t.stale and t.key == models:
+                    return t
+            task = self._making.get(models)
+            if task is None:
+                task = self._making[models] = asyncio.ensure_future(self._make(models, progress))
+                task.add_done_callback(lambda done: self._made(models, done))
+            t = await asyncio.shield(task)
+            if not t.stale:  # files may have changed while it loaded
                 return t
-        task = self._making.get(models)
-        if task is None:
-            task = asyncio.ensure_future(self._make(models, progress))
-            self._making[models] = task
-            task.add_done_callback(lambda _: self._making.pop(models, None))
-        return await asyncio.shield(task)
+
+    def _made(self, models: Models, task: asyncio.Task[Template]) -> None:
+        if self._making.get(models) is task:
+            del self._making[models]
+        if not task.cancelled():
+            task.exception()  # those who wait for it have it
 
     async def _make(self, models: Models, progress: Progress) -> Template:
         parent = None if models is None else await self.get(None, progress)
@@ -153,7 +161,7 @@ class Templates:
         seconds = round(message["seconds"], 2)
         events.emit("template-ready", service=g.name, template=t.number, kind=t.kind, seconds=seconds)
         for old in self:
-            if old is not t and old.key == t.key and (old.stale or old.ready):
+            if old.ready and old.key == t.key and (old.stale or old is not t):
                 old.stale = True
                 g.keep(self._retire(old))
 
@@ -189,9 +197,7 @@ class Templates:
         """Files that were imported have changed: all templates are stale, and are made again."""
         for t in self:
             t.stale = True
-        for task in self._making.values():
-            task.cancel()
-        self._making.clear()
+        self._making.clear()  # what is being made is stale too; who waits for it then asks again
         self.generation.keep(self._refresh())
 
     async def _refresh(self) -> None:

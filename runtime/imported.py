@@ -13,9 +13,12 @@ from nsutil import memory
 _OURS = "/run/pocketd/lib/"
 
 
-def snapshot() -> int:
-    """A sealed memfd with [path, mtime_ns, size, inode] of each file that a module was imported from; the caller owns
-    the descriptor. Our own library is left out: a service has a copy of it that nobody changes."""
+def snapshot(since: float) -> int:
+    """A sealed memfd with [path, mtime_ns, size, inode, late] of each file that a module was imported from.
+
+    `late`: it changed after `since` (seconds, time.time()), when loading began, so what was imported may be another.
+    Our own library is left out: a service has a copy of it that nobody changes. The caller owns the descriptor.
+    """
     found: List[List[Any]] = []
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
@@ -25,6 +28,6 @@ def snapshot() -> int:
             s = os.stat(path)
         except OSError:
             continue  # an archive's member, or a name that a module made up
-        found.append([path, s.st_mtime_ns, s.st_size, s.st_ino])
+        found.append([path, s.st_mtime_ns, s.st_size, s.st_ino, s.st_ctime > since])
     packed: bytes = msgpack.packb(found, use_bin_type=True, unicode_errors="surrogateescape")
     return memory.sealed(packed, "imported")

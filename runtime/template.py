@@ -60,7 +60,7 @@ def main(talk: socket.socket) -> None:
 
 def warm(template: Template) -> None:
     """Load, settle and say that we are ready; or say what went wrong, on the socket and on standard error, and end."""
-    start = time.monotonic()
+    start, clock = time.monotonic(), time.time()
     begin = template.begin
     try:
         if begin.get("models") is None:
@@ -80,7 +80,7 @@ def warm(template: Template) -> None:
             what = "; ".join(str(o) for o in refused)
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
-        files = imported.snapshot()
+        files = imported.snapshot(clock)
         cold.expression(template.runtime)
         randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
         gc.collect()

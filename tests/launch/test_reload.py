@@ -287,3 +287,23 @@ def test_a_service_that_lost_its_definition_can_be_switched_off(daemon):
             session.call("app:version")
     daemon.pocket("reload")
     assert [s["name"] for s in daemon.ps()["services"]] == ["another"]
+
+
+def test_a_file_that_changes_while_a_template_loads(own_pocketd, environment, app):
+    """What it imported is not what lies there when it is ready: it is made again."""
+    gate = environment.kit / "gate"
+    os.mkfifo(gate)
+    (environment.kit / "late.py").write_text("VERSION = 1\n")
+    (environment.kit / "__init__.py").write_text(
+        f"import os\nfrom kit.late import VERSION\nif os.path.exists({str(gate)!r}): open({str(gate)!r}).read()\n"
+    )
+    daemon = own_pocketd(configuration(environment, app))
+    on = daemon.popen("on", "kit", stderr=subprocess.PIPE)
+    with open(gate, "w"):  # somebody reads it: late.py has been imported
+        (environment.kit / "late.py").write_text("VERSION = 2\n")
+        gate.unlink()
+    assert on.wait(TIMEOUT) == 0
+    on.communicate()
+    assert wait_for(lambda: [t["number"] for t in daemon.ps()["templates"] if t["state"] == "ready"] == [2])
+    with enter(daemon) as session:
+        assert session.call("app:version") == 2
