@@ -25,6 +25,7 @@ from cgroup.limits import CONTROLLERS, Limits
 from nsutil import processes
 from pocketd import __version__, config, events, permissions, supervision, systemd_units, tuning, weights
 from pocketd.admission import Admission
+from pocketd.authors import Authors
 from pocketd.control import Control
 from pocketd.definitions import Config, Pocket, Service
 from pocketd.generation import Generation, Session
@@ -51,6 +52,8 @@ class Daemon:
         self.config = Config({}, {})
         self.changed: dict[str, Limits] = {}  # by `pocket set`
         self.admission = Admission(self)
+        self.last_right: dict[str, Pocket] = {}  # of pockets that their authors have made invalid since
+        self.authors = Authors(self)
         self.claimed: set[int] = set()  # uids of launches that have no session yet
         self.configure()
 
@@ -76,6 +79,25 @@ class Daemon:
                 del self.services[name]
         for name, limits in changed.items():
             tuning.take_back(self, name, limits)
+        self.last_right = {}
+        self.authors.watch()
+
+    def configure_pocket(self, name: str) -> None:
+        """Its author changed something: that pocket's definition again, and nothing else of the configuration."""
+        read, now = self.read(), self.config
+        if name not in read.pockets and name not in read.invalid:
+            return  # the operator is changing the configuration too: until that is read, it holds as it was
+        pockets = {key: value for key, value in now.pockets.items() if key != name}
+        invalid = {key: value for key, value in now.invalid.items() if key != name}
+        pocket = read.pockets.get(name)
+        if pocket:
+            limits = MappingProxyType({**pocket.limits, **self.changed.get(name, {})})
+            pockets[name] = replace(pocket, limits=limits)
+        elif name in read.invalid:
+            invalid[name] = read.invalid[name]
+            self.last_right.setdefault(name, now.pockets.get(name) or self.last_right[name])
+        self.config = replace(now, pockets=MappingProxyType(pockets), invalid=MappingProxyType(invalid))
+        events.emit("pocket-changed", pocket=name, valid=pocket is not None)
 
     def change_limits(self, name: str, limits: Limits) -> None:
         """What `pocket set` changed, for the next launches; reading the configuration again takes it back."""

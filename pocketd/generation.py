@@ -114,24 +114,39 @@ class Generation:
         return str(await weights.copy(model.path, self.host.models, name))
 
     async def _connect(self, keep: Message | None = None) -> None:
-        """Connect to init, and believe it only as far as the kernel says that it is ours."""
+        """Connect to init, and hear it only when the kernel says that it is ours. `keep`: it was made just now."""
+        assert self.tree
+        sock, pid = self._dial()
+        if keep is not None and pid == os.getpid():
+            # The socket's creator is who the kernel names until init itself listens, which it does before it answers.
+            self.init = Link(sock, self._event, lambda reason: None)
+            (await self.init.call("hello"))[1].close()
+            self.init.close()
+            sock, pid = self._dial()
+        wanted, found = f"{self.tree.kernel_path}/init", path_of(pid)
+        if found != wanted:
+            sock.close()
+            raise Error("service", f"what listens as its init is in {found}, not in {wanted}")
+        self.init, self.init_pid = Link(sock, self._event, self._lost), pid
+        message, fds = await self.init.call("hello", keep=keep, stop_timeout=self.definition.stop_timeout)
+        fds.close()
+        self._believe(message)
+
+    def _dial(self) -> tuple[socket.socket, int]:
+        """A connection to who listens as init, and the pid of that. Raises OSError, Error."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with messages.short_name(str(self.place / "init.sock")) as name:
                 sock.connect(name)
-            self.init = Link(sock, self._event, self._lost)
+            peer = processes.peer(sock)
+            os.close(peer.pidfd)
+            return sock, peer.pid
+        except processes.Gone:
+            sock.close()
+            raise Error("service", "its init has ended") from None
         except BaseException:
             sock.close()
             raise
-        message, fds = await self.init.call("hello", keep=keep, stop_timeout=self.definition.stop_timeout)
-        fds.close()
-        try:
-            peer = processes.peer(sock)
-        except processes.Gone:
-            raise Error("service", "its init has ended") from None
-        os.close(peer.pidfd)
-        self.init_pid = peer.pid
-        self._believe(message)
 
     def _believe(self, hello: Message) -> None:
         """Take over what init says is there, where the kernel has a cgroup for it."""
@@ -140,8 +155,13 @@ class Generation:
             self.definition = Service.unwire(kept["definition"])
             self.models = kept["models"]
         self.templates.adopt(hello["templates"])
+        assert self.tree
+        ours = f"{self.tree.kernel_path}/pockets/"
         for s in hello["sessions"]:
             note = s["note"]
+            if not str(note["leaf"]).startswith((ours, *([str(note["unit"]) + "/"] if note.get("unit") else []))):
+                if note.get("adopted") is not True:
+                    continue  # nobody else's cgroup is ever ours to end
             try:
                 leaf = self.host.hierarchy.open(note["leaf"])
             except (FileNotFoundError, ValueError):
@@ -292,9 +312,6 @@ class Generation:
             if self.tree is None:
                 raise Error("service", f"there is no cgroup {self.scope_name}")
             await self._connect()
-            wanted, found = f"{self.tree.kernel_path}/init", path_of(self.init_pid)
-            if found != wanted:
-                raise Error("service", f"what listens as its init is in {found}, not in {wanted}")
         except (OSError, Error, ConnectionError) as e:
             events.emit("service-not-adopted", "notice", service=self.name, generation=self.number, why=str(e))
             await self.clear()

@@ -307,3 +307,17 @@ def test_a_file_that_changes_while_a_template_loads(own_pocketd, environment, ap
     assert wait_for(lambda: [t["number"] for t in daemon.ps()["templates"] if t["state"] == "ready"] == [2])
     with enter(daemon) as session:
         assert session.call("app:version") == 2
+
+
+def test_an_authors_change_is_acted_on_and_a_wrong_one_told(daemon, environment, app):
+    """pocket.toml is read again, and nothing of the operator's is in force before the operator says so."""
+    other = f'[pocket.other]\nservice = "kit"\ndir = "{app}"\n'
+    daemon.config.write_text(configuration(environment, app) + other)
+    (app / "pocket.toml").write_text('program = "shown.py"\n')
+    (app / "shown.py").write_text("print('shown')")
+    assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "shown\n")
+    (app / "pocket.toml").write_text("programm = 7\n")
+    assert wait_for(lambda: {p["name"]: p["state"] for p in daemon.ps()["pockets"]} == {"app": "invalid"})
+    assert "did you mean 'program'" in daemon.pocket("app", check=False).stderr
+    (app / "pocket.toml").write_text('program = "shown.py"\n')
+    assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "shown\n")

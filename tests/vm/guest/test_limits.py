@@ -13,7 +13,7 @@ from pocketd.client import errors, login
 from tests.conftest import TIMEOUT, wait_for
 from tests.vm.guest.installed import Program, call, cgroup_of, configure, journal, pocket, ps, settled, systemctl
 
-pytestmark = [pytest.mark.oldest, pytest.mark.usefixtures("pockets")]
+pytestmark = pytest.mark.usefixtures("pockets")
 SCRATCH = Path("/var/lib/vm-scratch")
 APP = """
 import os, resource, time
@@ -105,6 +105,7 @@ def alive() -> None:
         assert session.call("app:nothing") is None
 
 
+@pytest.mark.oldest
 def test_cpu_max_is_the_share_of_one_cpu():
     with login("share", timeout=TIMEOUT) as session:
         session.call("app:burn", 0.5)
@@ -154,6 +155,7 @@ def test_cpuset_is_where_workers_run_and_threads_start():
         assert session.call("app:cpus") == [1]
 
 
+@pytest.mark.oldest
 def test_memory_max_ends_the_pocket_alone_and_is_told_by_name():
     with login("free", timeout=TIMEOUT) as other:
         with login("small", timeout=TIMEOUT) as session:
@@ -237,6 +239,7 @@ def test_swap_max_bounds_what_is_swapped():
         swap.unlink()
 
 
+@pytest.mark.oldest
 def test_pids_max_contains_a_fork_bomb():
     with login("few", timeout=TIMEOUT) as session:
         made, number = session.call("app:bomb")
@@ -254,6 +257,7 @@ def test_io_max_slows_writes_to_the_disk():
     assert slow > 3 > fast
 
 
+@pytest.mark.oldest
 def test_set_changes_a_running_pocket_and_daemon_reload_changes_nothing():
     with login("free", timeout=TIMEOUT) as session:
         session.call("app:nothing")
