@@ -104,7 +104,7 @@ class Program:
             "program": code.encode(),
             "arguments": [a.encode() for a in arguments],
             "environment": list(environment.items()),
-            "directory": (directory or f"/srv/{name}").encode(),
+            "directory": (directory or f"/var/lib/vm-scratch/{name}").encode(),
             "umask": 0o22,
             "ignored": [],
             "blocked": [],
