@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import TIMEOUT, wait_for
 from tests.launch.both import read_line
-from tests.vm.guest.installed import show, systemctl
+from tests.vm.guest.installed import call, show, systemctl
 
 UNITS = Path("/etc/systemd/system")
 CONFIG = """
@@ -248,6 +248,11 @@ def test_limits_of_both_stand_one_within_the_other(pocket):
     assert (place / "memory.max").read_text() == f"{200 << 20}\n"
     assert (leaf / "memory.max").read_text() == f"{100 << 20}\n"
     assert (leaf / "pids.max").read_text() == "100\n"
+    (session,) = call("inspect", name="limited")["sessions"]
+    said = {level["cgroup"]: level["limits"].get("memory.max") for level in session["levels"]}
+    own, units = (str(p).removeprefix("/sys/fs/cgroup") for p in (leaf, place))
+    assert (said[own], said[units]) == (str(100 << 20), str(200 << 20))
+    assert session["holds"]["memory.max"] == {"value": str(100 << 20), "cgroup": own}
 
 
 def test_it_restarts_with_limits_of_both(pocket):
