@@ -75,7 +75,8 @@ async def _router() -> AsyncIterator[DBusRouter]:
 async def _job(router: DBusRouter, method: str, signature: str, arguments: tuple[Any, ...]) -> None:
     """Call a method that queues a job, and wait for the job's end."""
     rule = MatchRule(type="signal", interface=_MANAGER.interface, member="JobRemoved", path=_MANAGER.object_path)
-    with router.filter(rule) as removed:
+    # The end of any job of the host comes here, and by default jeepney keeps one message and drops those behind it.
+    with router.filter(rule, bufsize=0) as removed:
         await Proxy(message_bus, router).AddMatch(rule)
         await _call(router, "Subscribe", "", ())
         (job,) = await _call(router, method, signature, arguments)
