@@ -57,7 +57,7 @@ def test_exposure_is_what_the_documentation_says():
     last = run("systemd-analyze", "security", "--no-pager", UNIT).stdout.splitlines()[-1]
     (figure,) = re.findall(r"([0-9.]+) [A-Z]+", last)
     print(f"exposure {figure}")
-    text = (Path(__file__).parents[3] / "docs/reliability.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/design.md").read_text()
     assert f"exposure of {figure}" in text
 
 
