@@ -10,10 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pocketd.client import errors, login
-from tests.conftest import TIMEOUT, Pocketd, wait_for
+from tests.client.test_python_runtime import TWO
+from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table, wait_for
 
 APP = """
 import kit, os
@@ -42,10 +44,6 @@ class Environment:
         """As an installer does it: each file written beside and renamed over the old."""
         body = f"""
             VERSION = {version}
-            class Reader:
-                def __init__(self): self.text = open(__import__("os").environ["KIT_FILE"]).read()
-                def __call__(self): return [VERSION, self.text]
-            def load_file(path): return open(path).read()
         """
         for name in ("__init__.py", "late.py"):
             new = self.kit / f"{name}.new"
@@ -195,20 +193,47 @@ def test_pocketd_killed_in_mid_reload_keeps_the_old(own_pocketd, environment, ap
 # -- files
 
 
-def test_a_model_is_loaded_from_a_private_copy(own_pocketd, environment, app, tmp_path):
-    """Whoever writes over the file tears nothing; a reload takes the new one; copies that nobody uses are removed."""
-    model = tmp_path / "model.txt"
-    model.write_text("first")
-    daemon = own_pocketd(configuration(environment, app, f'models = {{ text = "{model}" }}'))
-    done = daemon.pocket("on", "kit", check=False)  # this runtime has no loader for text: what it was given shows
-    assert done.returncode == 125
-    assert str(model) in done.stderr
-    assert list((daemon.state_dir / "models").iterdir()) != []
-    daemon.config.write_text(configuration(environment, app))
-    daemon.pocket("reload")
-    daemon.pocket("on", "kit")
-    daemon.pocket("off", "kit")
-    assert list((daemon.state_dir / "models").iterdir()) == []
+def test_a_deployed_model_is_a_private_copy(own_pocketd, app, tmp_path):
+    """Whoever writes over the file tears nothing; a reload takes the new one, or says what is wrong with it."""
+    pytest.importorskip("onnxruntime")
+    model = tmp_path / "two.onnx"
+    model.write_bytes(TWO)
+    daemon = own_pocketd(f"""
+        [service.onnx]
+        runtime = "python"
+        preload = ["onnxruntime"]
+        env = {toml_table(service_environment())}
+        models = {{ two = "{model}" }}
+
+        [pocket.app]
+        service = "onnx"
+        dir = "{app}"
+        allow = {{ models = ["two"] }}
+    """)
+
+    def second(session) -> list[list[float]]:
+        """The second of the model's results, a product, or in the other model a difference."""
+        a, b = np.array([[1, 2, 3]], np.float32), np.array([[4, 5, 7]], np.float32)
+        return session.model("two")(a, b)[1].tolist()
+
+    copies = daemon.state_dir / "models"
+    with enter(daemon) as old:
+        assert second(old) == [[4, 10, 21]]
+        with open(model, "r+b") as file:  # the same file, as cp writes it
+            file.write(b"\0" * len(TWO))
+        done = daemon.pocket("reload", "onnx", check=False)
+        assert done.returncode == 125
+        assert f"two ({model})" in done.stderr or str(model) in done.stderr
+        with enter(daemon) as new:
+            assert second(new) == [[4, 10, 21]]
+        model.write_bytes(TWO.replace(b"Mul", b"Sub"))
+        daemon.pocket("reload", "onnx")
+        with enter(daemon) as new:
+            assert second(new) == [[-3, -3, -4]]
+        assert second(old) == [[4, 10, 21]]
+        assert len(list(copies.iterdir())) == 2
+    daemon.pocket("off", "onnx")
+    assert list(copies.iterdir()) == []
 
 
 def test_a_template_is_stale_when_a_file_it_imported_changes(daemon, environment):
