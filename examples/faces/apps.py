@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import measure
 from measure import Memory
-from own_pocketd import Trouble
+from own_pocketd import STOPS, Trouble
 
 PATIENCE = 180  # seconds for one result; ten monoliths on one slow core take their time
 
@@ -47,6 +48,9 @@ class App:
 
     def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]):
         self.command = " ".join(command)
+        self.out, self.err = b"", b""
+        # A signal that ends us between the fork and this object would leave the process behind.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         self.began = time.clock_gettime(time.CLOCK_MONOTONIC)
         self.process = subprocess.Popen(
             command,
@@ -56,8 +60,13 @@ class App:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
         )
-        self.out, self.err = b"", b""
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:  # what the handler of a signal that waited raised
+            self.end()
+            raise
 
     def until_result(self) -> Run:
         """Read both pipes until the line of faces is there (so that neither can fill up). Raises Trouble."""
