@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import select
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,41 +32,49 @@ _LOOK = 0.25  # seconds; no descriptor tells of MemAvailable
 class Admission:
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
-        self.waiting = 0
-        self._turn = asyncio.Lock()  # first come, first served
+        self._line: list[object] = []  # those who wait, first come, first served
 
-    async def admit(self, name: str, limits: Mapping[str, str], progress: Callable[[str], None]) -> None:
-        """Return when there is room for a worker of pocket `name`. Raises Error("host-memory") when there is not."""
+    async def admit(self, name: str, limits: Mapping[str, str], progress: Callable[[str], None], hold: int) -> None:
+        """Return when there is room for a worker of pocket `name`. Raises Error("host-memory") when there is not.
+
+        `hold`, which stays the caller's, is one end of a socket whose other end whoever waits closes to give up.
+        """
         rules = self.daemon.config.admission
         why = self.refusal(name, limits)
-        if why is None and not self.waiting:
+        if why is None and not self._line:
             return
-        if self.waiting >= rules.queue:
-            raise Error("host-memory", f"{why or 'others wait for memory'}; {self.waiting} launches wait already")
-        self.waiting += 1
-        events.emit("launch-waits", "notice", pocket=name, why=why, waiting=self.waiting)
-        progress(f"waiting for memory: {why or 'others wait too'}")
+        why = why or "others wait for memory"
+        if len(self._line) >= rules.queue:
+            raise Error("host-memory", f"{name} was not started: {why}; {len(self._line)} launches wait already")
+        place = object()
+        self._line.append(place)
+        events.emit("launch-waits", "notice", pocket=name, why=why, waiting=len(self._line))
+        progress(f"waiting for memory: {why}")
         try:
-            async with asyncio.timeout(rules.wait), self._turn:
-                while why := self.refusal(name, limits):
+            async with asyncio.timeout(rules.wait):
+                while self._line[0] is not place or self.refusal(name, limits):
+                    if _closed(hold):
+                        raise Error("gone", f"the caller of {name} did not wait")
                     await asyncio.sleep(_LOOK)
         except TimeoutError:
-            said = self.refusal(name, limits) or "others wait for memory"
+            why = self.refusal(name, limits) or "others wait for memory"
             raise Error(
                 "host-memory",
-                f"{name} was not started: {said}; it waited {rules.wait:g} s. End something (pocket ps), or change "
+                f"{name} was not started: {why}; it waited {rules.wait:g} s. End something (pocket ps), or change "
                 "[admission] in pocketd.conf",
             ) from None
         finally:
-            self.waiting -= 1
+            self._line.remove(place)
 
     def refusal(self, name: str, limits: Mapping[str, str]) -> str | None:
         """Why there is no room now, or None."""
         rules = self.daemon.config.admission
-        pressure = memory_pressure()
+        pressure = memory_pressure()  # reclaiming what is idle is no stall for the kernel (Linux 5.9, seen)
         if pressure is not None and pressure >= rules.pressure:
             return f"this host stalls for memory {pressure:.0f}% of the time (the limit is {rules.pressure:g}%)"
-        need = max(WORKER, _number(limits.get("memory.low")) - self._charged(name))
+        running = any(s.pocket == name for _, s in self.daemon.sessions())
+        # What a pocket was promised is set aside from its first worker on.
+        need = WORKER if running else max(WORKER, _number(limits.get("memory.low")))
         most = _number(limits.get("memory.max"))
         need = min(need, most) if most else need
         available, promised = memory_available(), self._promised(name)
@@ -78,16 +87,16 @@ class Admission:
 
     def _promised(self, name: str) -> int:
         """Bytes that other pockets may still take: by memory.low, or as they have only just begun."""
-        now, promised = time.time(), 0
+        now, config, promised = time.time(), self.daemon.config, 0
         seen: set[str] = set()
         for g, s in self.daemon.sessions():
-            if s.leaf and now - s.started < YOUNG:
+            if s.leaf and 0 <= now - s.started < YOUNG:  # less than 0: the clock was set back since
                 promised += max(0, WORKER - (_current(s.leaf) or 0))
             if s.pocket in seen or s.pocket == name or not g.tree:
                 continue
             seen.add(s.pocket)
-            definition = self.daemon.config.pockets.get(s.pocket)
-            low = _number(definition.limits.get("memory.low")) if definition else 0
+            definition = config.pockets.get(s.pocket)
+            low = _number((definition.limits if definition else config.run_limits).get("memory.low"))
             if low:
                 promised += max(0, low - self._charged(s.pocket))
         return promised
@@ -119,6 +128,13 @@ def memory_pressure() -> float | None:
         return None
     found = re.search(r"^full avg10=([0-9.]+)", text, re.MULTILINE)
     return float(found[1]) if found else None
+
+
+def _closed(sock: int) -> bool:
+    """Whether nobody has the other end of a socket any more."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _current(cgroup: Cgroup) -> int | None:

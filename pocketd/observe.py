@@ -32,7 +32,7 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
                 "state": service.state,
                 "why": service.why.message if service.why and peer.uid == 0 else None,
                 "pid": service.current.init_pid if service.current else None,
-                "age": now - service.since,
+                "age": _age(now, service.since),
                 "generation": service.current.number if service.current else None,
                 "generations": [_generation(g) for g in service.generations()],
                 "models": sorted(d.models),
@@ -41,12 +41,14 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
         for g, t in service.templates() if peer.uid == 0 else ():
             state = "stale" if t.stale else "ready" if t.ready else "loading"
             row = {"service": d.name, "number": t.number, "kind": t.kind, "models": list(t.models), "state": state}
-            templates.append({**row, "generation": g.number, "pid": t.pid, "age": now - t.started, **usage(t.leaf)})
+            templates.append(
+                {**row, "generation": g.number, "pid": t.pid, "age": _age(now, t.started), **usage(t.leaf)}
+            )
         for g, s in service.sessions():
             if peer.uid not in (0, s.note.get("uid")):
                 continue
             row = {"session": s.id, "pocket": s.pocket, "service": d.name, "mode": s.note.get("mode")}
-            row.update(pid=s.pid, state="running" if s.pid else "starting", age=now - s.started)
+            row.update(pid=s.pid, state="running" if s.pid else "starting", age=_age(now, s.started))
             row.update(directory=s.note.get("directory"))
             row.update(generation=g.number, **usage(s.leaf))
             workers.append(row)
@@ -61,6 +63,10 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
         pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})
     rows = sorted(pockets.values(), key=lambda row: str(row["name"]))
     return {"services": services, "templates": templates, "pockets": rows, "workers": workers}
+
+
+def _age(now: float, since: float) -> float:
+    return max(0.0, now - since)  # the clock may have been set back
 
 
 def _generation(g: Generation) -> dict[str, Any]:
