@@ -60,7 +60,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         generation = await service.on(progress)
         stack.enter_context(generation.busy())
         limits = definition.limits if definition else daemon.config.run_limits
-        await daemon.admission.admit(definition.name if definition else "an ad hoc run", limits, progress)
+        asking = definition.name if definition else "an ad hoc run"
+        await daemon.admission.admit(asking, limits, progress, given["hold"])
         plan = make_plan(daemon, generation, peer, definition, identity)
         daemon.claimed.add(plan.uid)  # until its session is there, or is not
         stack.callback(daemon.claimed.discard, plan.uid)
@@ -253,6 +254,7 @@ def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int
         "directory": directory,
         "credentials": secret,
         "exit": generation.definition.exit,
+        "pids_max": plan.limits.get("pids.max"),
     }
     return memory.sealed(wire.pack(orders), "orders")
 

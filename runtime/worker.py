@@ -7,6 +7,7 @@ back and runs the app. Whatever fails before that line is said on the session's 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -57,7 +58,7 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
             sock.close()
             cold.run(template.begin, start, difference)
         privileges.dumpable(True)
-        clone.revive()
+        revive(message.get("pids_max"))
         randomness.renew()
         clean.restore()
         if message["mode"] == "client":
@@ -74,6 +75,18 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
     except BaseException as e:
         tell(sock, e)
     os._exit(code)
+
+
+def revive(pids_max: Optional[str]) -> None:
+    """Let the template's other threads come back. Where the pocket's limit leaves them no room, it is named: a worker
+    cannot see the cgroups above its own."""
+    try:
+        clone.revive()
+    except clone.CloneError as e:
+        if e.errno != errno.EAGAIN or pids_max is None:
+            raise
+        text = f"pids.max of {pids_max} is too small, for pids.max counts threads: {e.strerror}"
+        raise Error("limit", text, limit=int(pids_max)) from None
 
 
 def tell(sock: socket.socket, e: BaseException) -> None:
