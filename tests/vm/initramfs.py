@@ -15,9 +15,10 @@ HERE = Path(__file__).parent
 BUSYBOX = Path("/bin/busybox")
 MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_rng", "virtiofs", "overlay")
 
-# Ended by systemd as soon as the job is: nothing in this VM needs an orderly end. The target's job queue is empty while
-# the job runs (Type=exec), so that `systemctl is-system-running` says what it would on a host. Delegate= keeps every
-# controller that systemd knows enabled in the root cgroup, where it would turn off what no unit needs.
+# Ended by systemd as soon as the job is: nothing in this VM needs an orderly end, unless `build` is told so. The
+# target's job queue is empty while the job runs (Type=exec), so that `systemctl is-system-running` says what it would
+# on a host. Delegate= keeps every controller that systemd knows enabled in the root cgroup, where it would turn off
+# what no unit needs.
 UNITS = {
     "units/vm.target": b"""\
 [Unit]
@@ -70,16 +71,23 @@ class Kernel:
         return found
 
 
-def build(kernel: Kernel, command: Sequence[str], directory: Path, environment: Mapping[str, str]) -> bytes:
-    """An image that runs `command` in the guest's `directory`, with `environment` beside what systemd gives."""
+def build(
+    kernel: Kernel, command: Sequence[str], directory: Path, environment: Mapping[str, str], orderly: bool = False
+) -> bytes:
+    """An image that runs `command` in the guest's `directory`, with `environment` beside what systemd gives.
+
+    `orderly`: the guest powers off as `systemctl poweroff` does it, and stops what the command left running.
+    """
     modules = kernel.modules()
+    end = b"poweroff" if orderly else b"poweroff-immediate"
+    units = {name: text.replace(b"poweroff-immediate", end) for name, text in UNITS.items()}
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     files = {
         "init": (HERE / "init").read_bytes(),
         "busybox": BUSYBOX.read_bytes(),
         "modules/order": "".join(f"{name}\n" for name in modules).encode(),
         **{f"modules/{name}": data for name, data in modules.items()},
-        **UNITS,
+        **units,
         "job/job": (HERE / "job").read_bytes(),
         "job/modules": f"{kernel.tree}/lib/modules\n".encode(),
         "job/environment": exports.encode(),
