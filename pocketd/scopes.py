@@ -104,9 +104,9 @@ class Units:
     async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
         await _empty(tree, patience)
         tree.remove()
-        if tree.parent:
-            tree.parent.close()
         await systemd_units.stop(name)
+        if tree.parent:
+            tree.parent.remove()  # what was no unit's, systemd leaves
 
     def close(self) -> None:
         pass  # systemd removes a scope that is empty, and a slice that has none
