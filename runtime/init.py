@@ -524,6 +524,10 @@ class Init:
             message["error"] = s.error = oom.error(s.leaf, s.note).wire()
         elif self.why:
             message["error"] = self.why
+        elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGABRT:
+            reached = oom.threads(s.leaf, s.note)
+            if reached:
+                message["error"] = reached.wire()
         self.say(s, message)
         self.finish(s)
 

@@ -1,4 +1,4 @@
-"""Death by memory.max, as the kernel's files tell of it (admin-guide/cgroup-v2, "Memory Interface Files").
+"""Death by memory.max or for want of threads, as the kernel's files tell of it (admin-guide/cgroup-v2).
 
 Everything is read beneath the descriptor of the session's cgroup: a service has no cgroup mount of its own.
 """
@@ -36,6 +36,19 @@ def error(leaf: int, note: Message) -> Error:
     whose = f"the memory.max of {size(limit)} of {cgroup}" if foreign else f"its memory.max of {size(limit)}"
     text = f"pocket {pocket} was ended by {whose}" + (f" (peak {size(peak)})" if peak else "")
     return Error("memory", text, pocket=pocket, limit=limit, peak=peak, cgroup=cgroup)
+
+
+def threads(leaf: int, note: Message) -> Optional[Error]:
+    """What may have ended a worker that aborted: libraries do when a thread of theirs cannot be started.
+
+    The event is counted where the limit stands, or before Linux 6.11 where the process was.
+    """
+    levels = ("",) if note.get("adopted") is True else ("", "../")
+    limit = next((n for n in (_number(leaf, f"{at}pids.max") for at in levels) if n), None)
+    if limit is None or not any(_events(leaf, f"{at}pids.events").get("max") for at in levels):
+        return None
+    text = f"pocket {note.get('pocket')} has reached its pids.max of {limit}, and pids.max counts threads"
+    return Error("limit", text, limit=limit)
 
 
 def size(number: int) -> str:

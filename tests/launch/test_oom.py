@@ -89,3 +89,21 @@ def test_kills_are_counted(cgroups, tmp_path):
 @pytest.mark.parametrize("number, text", [(512, "512"), (4096, "4.0K"), (200 * M, "200.0M"), (3 << 39, "1.5T")])
 def test_sizes_are_short(number, text):
     assert oom.size(number) == text
+
+
+@pytest.mark.parametrize("where", [".", "session"])
+def test_a_limit_on_threads_is_named_whose_event_is_counted_where_it_stands_or_where_the_process_was(tmp_path, where):
+    (tmp_path / "session").mkdir()
+    (tmp_path / "pids.max").write_text("3\n")
+    (tmp_path / "session/pids.max").write_text("max\n")
+    leaf = os.open(tmp_path / "session", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert oom.threads(leaf, {"pocket": "detect"}) is None
+        (tmp_path / where / "pids.events").write_text("max 2\n")
+        found = oom.threads(leaf, {"pocket": "detect"})
+        assert found and (found.code, found.detail["limit"]) == ("limit", 3)
+        assert found.message == "pocket detect has reached its pids.max of 3, and pids.max counts threads"
+        adopted = oom.threads(leaf, {"pocket": "detect", "adopted": True})
+        assert adopted is None  # what stands above such a cgroup is not the pocket's
+    finally:
+        os.close(leaf)
