@@ -86,6 +86,7 @@ def pockets(installed):
             (place / "app.py").write_text(APP)
             text.append(f'dir = "{place}"')
     configure("pressure", "\n".join(text))
+    call("on", name="plain")
     yield
     call("off", name="resting")
     configure("pressure", "")
@@ -243,7 +244,7 @@ def test_a_launch_that_waited_long_enough_is_refused_with_what_to_do():
     with rules(reserve="1T", wait=2):
         begun = time.monotonic()
         message = refused().message
-        assert time.monotonic() - begun > 2
+        assert 2 < time.monotonic() - begun < 20
         assert re.search(
             "second was not started: a worker needs about 32M, and this host has [0-9]+M available", message
         )
@@ -264,13 +265,10 @@ def test_where_the_queue_is_full_a_launch_is_refused_at_once():
 
 def test_a_caller_that_gives_up_leaves_the_queue():
     def has_place() -> bool:
-        try:
-            login("second", timeout=2).close()
-        except errors.Timeout:
-            return True
-        except errors.LoginRefused:
-            return False
-        raise AssertionError("there was room")
+        said: list[str] = []
+        with pytest.raises((errors.Timeout, errors.LoginRefused)):
+            login("second", timeout=2, progress=said.append)
+        return any(line.startswith("waiting for memory: ") for line in said)
 
     with rules(reserve="1T", wait=600, queue=1):
         assert has_place()
@@ -321,23 +319,31 @@ def full(key: str) -> float:
 
 
 def test_the_end_of_many_other_jobs_does_not_hide_that_of_ours():
-    """Each job of systemd that ends is told to all who wait for one."""
+    """Each job of systemd's is told to all who wait for one; pocketd, stopped now and then, hears of many at once."""
     Path("/run/systemd/system/noise@.service").write_text("[Service]\nType=oneshot\nExecStart=/bin/true\n")
-    over = threading.Event()
+    main, over = int(show("pocketd.service", "MainPID")), threading.Event()
 
     def noise() -> None:
         while not over.is_set():
-            systemctl("start", *(f"noise@{n}" for n in range(20)))
+            systemctl("start", *(f"noise@{n}" for n in range(10)))
 
-    thread = threading.Thread(target=noise)
-    thread.start()
+    def stops() -> None:
+        while not over.wait(0.5):  # enough to feed its watchdog
+            os.kill(main, signal.SIGSTOP)
+            over.wait(0.3)
+            os.kill(main, signal.SIGCONT)
+
+    threads = [threading.Thread(target=target) for target in (noise, stops)]
+    for thread in threads:
+        thread.start()
     try:
         for _ in range(3):
             call("off", name="resting")
             call("on", name="resting")
     finally:
         over.set()
-        thread.join(TIMEOUT)
+        for thread in threads:
+            thread.join(TIMEOUT)
 
 
 # -- clocks
