@@ -16,7 +16,8 @@ from cgroup.hierarchy import Hierarchy
 from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
 from nsutil import clone
-from pocketd import spawn, systemd_units
+from pocketd import events, spawn, systemd_units
+from pocketd.wire import Error
 
 TREE = "service"
 SLICE = "pocketd.slice"
@@ -104,7 +105,10 @@ class Units:
     async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
         await _empty(tree, patience)
         tree.remove()
-        await systemd_units.stop(name)
+        try:
+            await systemd_units.stop(name)
+        except Error as e:  # nothing is left in it, and systemd removes a scope that is empty by itself
+            events.emit("scope-not-stopped", "warning", scope=name, why=e.message)
         if tree.parent:
             tree.parent.remove()  # what was no unit's, systemd leaves
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from jeepney import DBusAddress, DBusErrorResponse, MatchRule, message_bus, new_method_call
+from jeepney import DBusAddress, DBusErrorResponse, MatchRule, MessageType, message_bus, new_method_call
 from jeepney.io.asyncio import DBusRouter, Proxy, open_dbus_router
 
 from cgroup.hierarchy import path_of
@@ -91,11 +91,9 @@ async def _job(router: DBusRouter, method: str, signature: str, arguments: tuple
 async def _call(router: DBusRouter, method: str, signature: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     message = new_method_call(_MANAGER, method, signature or None, arguments)
     reply = await router.send_and_get_reply(message)
-    try:
-        if reply.header.message_type.name == "error":
-            raise DBusErrorResponse(reply)
-    except DBusErrorResponse as e:
-        said = " ".join(str(part) for part in e.data)
-        raise Error("systemd", f"systemd refused {method}: {said}", name=e.name) from None
+    if reply.header.message_type is MessageType.error:
+        refusal = DBusErrorResponse(reply)
+        said = " ".join(str(part) for part in refusal.data)
+        raise Error("systemd", f"systemd refused {method}: {said}", name=refusal.name)
     body: tuple[Any, ...] = reply.body
     return body

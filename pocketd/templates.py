@@ -152,12 +152,7 @@ class Templates:
         g = self.generation
         t.ready = True
         t.pid = (t.leaf.processes() or [0])[0]
-        if len(fds):
-            snapshot = fds.take()
-            try:
-                self.staleness.watch(snapshot)
-            finally:
-                os.close(snapshot)
+        self._watch(fds)
         seconds = round(message["seconds"], 2)
         events.emit("template-ready", service=g.name, template=t.number, kind=t.kind, seconds=seconds)
         for old in self:
@@ -216,12 +211,16 @@ class Templates:
             if t.ready and init:
                 _, fds = await init.call("files", template=t.number)
                 with fds:
-                    if len(fds):
-                        snapshot = fds.take()
-                        try:
-                            self.staleness.watch(snapshot)
-                        finally:
-                            os.close(snapshot)
+                    self._watch(fds)
+
+    def _watch(self, fds: Fds) -> None:
+        """Watch the files that a template said it is made of; one of the version before said nothing."""
+        if len(fds):
+            snapshot = fds.take()
+            try:
+                self.staleness.watch(snapshot)
+            finally:
+                os.close(snapshot)
 
     def adopt(self, told: list[Message]) -> None:
         """Take over those that init says are there and that the kernel has a leaf for."""

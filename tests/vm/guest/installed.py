@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -162,7 +161,3 @@ class Program:
 def settled(pocket_name: str) -> bool:
     """Wait until no cgroup of a pocket is left."""
     return wait_for(lambda: not list(SLICE.glob(f"*.scope/service/pockets/{pocket_name}")))
-
-
-def plain(text: str) -> Any:
-    return json.loads(text)
