@@ -104,8 +104,8 @@ def test_a_cold_run_is_in_the_same_sandbox(both):
 def test_a_cold_run_ends_and_is_signalled_as_any(both, begun):
     both.write(
         "app.py",
-        "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(5))\n"
-        "print('ready', flush=True)\nsignal.pause()",
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit(5))\n"
+        "print('ready', flush=True)\nwhile True: time.sleep(0.1)",
     )
     process = begun(both.pocket_command("app.py", options=("--cold",)), env=both.environment(None), cwd=both.place)
     process.terminate()

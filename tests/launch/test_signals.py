@@ -16,13 +16,13 @@ from tests.launch.both import Ended, ends, finish, read_line
 CATCHABLE = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD})
 
 CATCHER = """
-    import os, signal, sys
+    import os, signal, sys, time
     caught = []
     def note(number, frame): os.write(1, b"%d\\n" % number)
     for n in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         signal.signal(n, note)
     print("ready", flush=True)
-    while True: signal.pause()
+    while True: time.sleep(0.1)
 """
 
 
@@ -113,7 +113,8 @@ def test_an_interrupt_that_is_handled(both, begun):
     program = """
         import sys, time
         try:
-            print("ready", flush=True); time.sleep(1000)
+            print("ready", flush=True)
+            while True: time.sleep(0.1)
         except KeyboardInterrupt:
             sys.exit(4)
     """
@@ -122,9 +123,10 @@ def test_an_interrupt_that_is_handled(both, begun):
 
 def test_a_termination_that_is_handled(both, begun):
     program = """
-        import signal, sys
+        import signal, sys, time
         signal.signal(signal.SIGTERM, lambda *a: sys.exit(5))
-        print("ready", flush=True); signal.pause()
+        print("ready", flush=True)
+        while True: time.sleep(0.1)
     """
     assert run_both(both, begun, lambda p: p.send_signal(signal.SIGTERM), program=program).status == 5
 

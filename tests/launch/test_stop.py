@@ -25,14 +25,14 @@ runtime = "exec"
 
 # At its SIGTERM it takes until its standard input ends.
 SLOW = """
-    import signal, sys
+    import signal, sys, time
     def end(*_):
         print("told", flush=True)
         sys.stdin.read()
         sys.exit(7)
     signal.signal(signal.SIGTERM, end)
     print("ready", flush=True)
-    signal.pause()
+    while True: time.sleep(0.1)
 """
 DEAF = """
     import signal

@@ -28,9 +28,13 @@ runtime = "python"
 env = {toml_table(service_environment())}
 """
 
+# A thread waits for the signal: a handler of Python's waits too long when the signal comes just before read(2) is called.
 LOOP = """
-    import os, signal, sys
-    signal.signal(signal.SIGUSR1, lambda *a: os.write(1, b"heard\\n"))
+    import os, signal, sys, threading
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    def hear():
+        while signal.sigwait([signal.SIGUSR1]): os.write(1, b"heard\\n")
+    threading.Thread(target=hear, daemon=True).start()
     print("ready", flush=True)
     for line in sys.stdin:
         print("got", line, end="", flush=True)

@@ -150,10 +150,10 @@ def test_a_password_is_not_echoed(terminal):
 
 def test_a_change_of_size_is_told(terminal):
     t = terminal("""
-        import os, signal
+        import os, signal, time
         signal.signal(signal.SIGWINCH, lambda *a: os.write(1, b"size %d %d\\n" % os.get_terminal_size()))
         print("ready")
-        while True: signal.pause()
+        while True: time.sleep(0.1)
     """)
     t.until(b"ready\r\n")
     for rows, columns in ((40, 100), (10, 20)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,17 @@ class Program:
         finally:
             os.close(inside)
             os.close(out)
-        self.lines = os.fdopen(self.read)
+        self.said = b""
 
     def line(self) -> str:
-        return self.lines.readline().rstrip("\n")
+        """Its next line; what there is of it, when no more comes."""
+        while b"\n" not in self.said and select.select([self.read], [], [], TIMEOUT)[0]:
+            more = os.read(self.read, 65536)
+            if not more:
+                break
+            self.said += more
+        line, _, self.said = self.said.partition(b"\n")
+        return line.decode()
 
     def say(self, text: str) -> str:
         """Write a line to it, and read the one it answers with."""
@@ -148,7 +156,7 @@ class Program:
     def close(self) -> None:
         self.login.session.close()
         self.login.hold.close()
-        self.lines.close()
+        os.close(self.read)
         os.close(self.write)
 
     def __enter__(self) -> Program:

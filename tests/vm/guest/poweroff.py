@@ -16,7 +16,7 @@ STUBBORN = UNITS[-1]
 BY_HAND = [f"q{n}" for n in range(1, 6)]
 STOP_TIMEOUT = 5
 APP = f"""
-import signal, socket, sys
+import signal, socket, sys, time
 name = socket.gethostname()
 
 def end(number, frame):
@@ -27,7 +27,7 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, signal.SIG_IGN if name == {STUBBORN!r} else end)
 print(name, "has begun", flush=True)
 while True:
-    signal.pause()
+    time.sleep(0.1)
 """
 
 

@@ -86,7 +86,7 @@ for name in os.environ.get("DO", "").split():
     globals()[name]()
 print("waiting", flush=True)
 while True:
-    signal.pause()
+    time.sleep(0.1)  # not pause(2), before which a signal of Python's can come too early
 """
 
 
