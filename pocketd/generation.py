@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cgroup.hierarchy import path_of
-from cgroup.limits import CONTROLLERS
+from cgroup.limits import CONTROLLERS, Limits
 from cgroup.node import Cgroup
 from nsutil import messages, processes
 from nsutil.messages import Fds
 from pocketd import containers, events, weights
 from pocketd.definitions import ModelFactory, ModelFile, Service
 from pocketd.link import Link
+from pocketd.promises import Promises
 from pocketd.templates import Progress, Templates
 from pocketd.wire import Error, Message
 
@@ -72,6 +73,7 @@ class Generation:
         self.running = False
         self.started = time.time()
         self.templates = Templates(self)
+        self.promises = Promises(host.scopes, self.scope_name)
         self.sessions: dict[str, Session] = {}
         self.endings: dict[str, Message] = {}  # the last one that a limit was the reason of, by pocket
         self.command: list[str] | None = None
@@ -101,6 +103,7 @@ class Generation:
             with self.tree.create(part) as child:
                 child.enable(CONTROLLERS)
         self.tree.apply(self.definition.limits)
+        self.promise(None, self.definition.limits)
         await self._connect({"definition": self.definition.wire(), "models": self.models})
         await self.templates.get(None, progress)
         if self.definition.models:
@@ -228,12 +231,23 @@ class Generation:
                 try:
                     with self.host.hierarchy.open(pocket) as parent:
                         parent.remove()
+                    if self.promises.take_back(session.pocket):
+                        self._spread()
                 except OSError:
                     pass  # another launch of this pocket has a leaf there already
         self.sessions.pop(session.id, None)
         session.over.set()
         if not self.occupied:
             self._changed(self, None)
+
+    def promise(self, pocket: str | None, limits: Limits) -> None:
+        """A pocket's cgroup, or the service's own (None), has these limits from now on."""
+        if self.promises.give(pocket, limits):
+            self._spread()
+
+    def _spread(self) -> None:
+        if self.tree:
+            self.keep(self.promises.spread(self.tree))
 
     @property
     def occupied(self) -> bool:
@@ -318,6 +332,9 @@ class Generation:
             return False
         self.running = True
         await self._sweep_leaves()
+        self.promises.find(self.tree)
+        self.promise(None, self.definition.limits)
+        self._spread()
         self.keep(self.templates.look_at_files())
         return True
 

@@ -218,6 +218,7 @@ def make_leaf(generation: Generation, plan: Plan, identity: str) -> Cgroup:
             if not pocket.names():  # made for this session, which will not be
                 pocket.remove()
             raise Error("limit" if isinstance(e, LimitError) else "cgroup", f"pocket {plan.name}: {e}") from None
+    generation.promise(plan.name, plan.limits)
     return Cgroup(f"{path}/{identity}", generation.tree)
 
 

@@ -22,6 +22,8 @@ from pocketd.wire import Error
 TREE = "service"
 SLICE = "pocketd.slice"
 MARGIN = 3.0  # seconds for init to end what has not ended in time, before systemd does
+MOST = (1 << 64) - 1  # bytes: "max", and systemd's infinity
+_PROPERTIES = {"memory.low": "MemoryLow", "memory.min": "MemoryMin"}  # systemd.resource-control(5)
 
 
 class Scopes(Protocol):
@@ -38,6 +40,10 @@ class Scopes(Protocol):
     async def end(self, name: str, tree: Cgroup, patience: float = 2.0) -> None:
         """Wait `patience` seconds for its processes to end, kill those that are left, and remove it all."""
 
+    async def promise(self, name: str, limit: str, size: int) -> None:
+        """Protect the memory of a scope by `limit` (memory.low or memory.min; bytes), and what holds the scopes by
+        the sum of theirs. Raises Error, OSError, LimitError."""
+
     def close(self) -> None:
         """pocketd ends: remove what only it needed."""
 
@@ -48,6 +54,7 @@ class Directories:
     def __init__(self, base: Cgroup):
         self.base = base
         self.where = base.directory
+        self._sums = Sums()
 
     @asynccontextmanager
     async def making(self, name: str, stop_timeout: float) -> AsyncIterator[Cgroup]:
@@ -66,6 +73,13 @@ class Directories:
         tree.remove()
         if tree.parent:
             tree.parent.remove()
+        for limit, total in self._sums.forget(name):
+            self.base.apply({limit: text(total)})
+
+    async def promise(self, name: str, limit: str, size: int) -> None:
+        self.base.apply({limit: text(self._sums.add(limit, name, size))})
+        with Cgroup(name, self.base) as scope:
+            scope.apply({limit: text(size)})
 
     def close(self) -> None:
         try:
@@ -80,6 +94,7 @@ class Units:
     def __init__(self, hierarchy: Hierarchy):
         self.hierarchy = hierarchy
         self.where = SLICE
+        self._sums = Sums()
 
     @asynccontextmanager
     async def making(self, name: str, stop_timeout: float) -> AsyncIterator[Cgroup]:
@@ -111,9 +126,40 @@ class Units:
             events.emit("scope-not-stopped", "warning", scope=name, why=e.message)
         if tree.parent:
             tree.parent.remove()  # what was no unit's, systemd leaves
+        for limit, total in self._sums.forget(name):
+            with contextlib.suppress(Error):  # it went with its last scope
+                await systemd_units.set_properties(SLICE, [(_PROPERTIES[limit], ("t", total))])
+
+    async def promise(self, name: str, limit: str, size: int) -> None:
+        total = self._sums.add(limit, name, size)
+        await systemd_units.set_properties(SLICE, [(_PROPERTIES[limit], ("t", total))])
+        await systemd_units.set_properties(name, [(_PROPERTIES[limit], ("t", size))])
 
     def close(self) -> None:
         pass  # systemd removes a scope that is empty, and a slice that has none
+
+
+class Sums:
+    """Bytes that scopes are promised, by limit and scope."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, dict[str, int]] = {}
+
+    def add(self, limit: str, name: str, size: int) -> int:
+        """The new sum of that limit."""
+        given = self._given.setdefault(limit, {})
+        given[name] = size
+        return min(MOST, sum(given.values()))
+
+    def forget(self, name: str) -> list[tuple[str, int]]:
+        """The limits whose sums are others without that scope, and the sums."""
+        gone = [limit for limit, given in self._given.items() if given.pop(name, 0)]
+        return [(limit, min(MOST, sum(self._given[limit].values()))) for limit in gone]
+
+
+def text(size: int) -> str:
+    """Bytes as the kernel's files take them."""
+    return "max" if size == MOST else str(size)
 
 
 def _tree(scope: Cgroup) -> Cgroup | None:

@@ -61,6 +61,12 @@ async def stop(name: str) -> None:
                 raise
 
 
+async def set_properties(name: str, properties: list[tuple[str, tuple[str, Any]]]) -> None:
+    """Change a unit's properties until the next boot, as `systemctl set-property --runtime` does. Raises Error."""
+    async with _router() as router:
+        await _call(router, "SetUnitProperties", "sba(sv)", (name, True, properties))
+
+
 @asynccontextmanager
 async def _router() -> AsyncIterator[DBusRouter]:
     try:

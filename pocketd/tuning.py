@@ -49,6 +49,7 @@ def set_limits(daemon: Daemon, name: str, given: Mapping[str, object], persist: 
         raise Error("limit", f"{name}: {e}") from None
     if persist and kind:
         _persist(_drop_in(daemon, name), kind, name, given)
+    _promise(daemon, name, cgroups, parsed)
     daemon.change_limits(name, parsed)
     events.emit("limits-set", name=name, limits=dict(parsed), persist=persist, cgroups=len(cgroups))
     return {"limits": dict(parsed), "cgroups": cgroups, "units": sorted(units)}
@@ -63,6 +64,7 @@ def take_back(daemon: Daemon, name: str, changed: Limits) -> None:
         try:
             with daemon.host.hierarchy.open(path) as cgroup:
                 cgroup.apply(limits)
+            _promise(daemon, name, [path], limits)
         except (LimitError, OSError) as e:
             events.emit("limits-not-taken-back", "warning", name=name, why=str(e))
 
@@ -96,6 +98,16 @@ def _cgroups(daemon: Daemon, name: str) -> list[str]:
         if s.pocket == name and s.leaf and s.note.get("unit"):  # beneath a unit's cgroup, with the definition's limits
             found.append(s.leaf.kernel_path)
     return found
+
+
+def _promise(daemon: Daemon, name: str, cgroups: list[str], limits: Limits) -> None:
+    """The cgroups of a service or a pocket have these limits now: what is above them must know (pocketd.promises)."""
+    for service in daemon.services.values():
+        for g in service.generations():
+            if g.tree and g.tree.kernel_path in cgroups:
+                g.promise(None, limits)
+            elif g.tree and f"{g.tree.kernel_path}/pockets/{name}" in cgroups:
+                g.promise(name, limits)
 
 
 def _drop_in(daemon: Daemon, name: str) -> Path:

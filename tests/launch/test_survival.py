@@ -28,7 +28,7 @@ runtime = "python"
 env = {toml_table(service_environment())}
 """
 
-# A thread waits for the signal: a handler of Python's waits too long when the signal comes just before read(2) is called.
+# A thread waits for the signal: a handler of Python's runs late when its signal comes just before read(2) is called.
 LOOP = """
     import os, signal, sys, threading
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])

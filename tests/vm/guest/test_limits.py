@@ -11,7 +11,7 @@ import pytest
 
 from pocketd.client import errors, login
 from tests.conftest import TIMEOUT, wait_for
-from tests.vm.guest.installed import Program, call, cgroup_of, configure, journal, pocket, ps, settled, systemctl
+from tests.vm.guest.installed import SLICE, Program, call, cgroup_of, configure, journal, pocket, ps, settled, systemctl
 
 pytestmark = pytest.mark.usefixtures("pockets")
 SCRATCH = Path("/var/lib/vm-scratch")
@@ -60,6 +60,13 @@ def write(size):
         os.write(fd, block)
     os.close(fd)
     return time.monotonic() - begun
+
+def cache(size):
+    # Fill the page cache, with clean pages of a new file.
+    with open(f"out/cached-{time.monotonic_ns()}", "wb") as file:
+        for _ in range(size >> 20):
+            file.write(os.urandom(4096) * 256)
+        os.fsync(file.fileno())
 
 def nothing():
     return None
@@ -217,10 +224,50 @@ def counts(path: Path) -> dict[str, int]:
     return {key: int(number) for key, number in (line.split() for line in path.read_text().splitlines())}
 
 
-def test_memory_low_is_promised_by_the_kernel_file():
-    with login("guarded", timeout=TIMEOUT) as session:
-        session.call("app:nothing")
-        assert (cgroup_of("guarded") / "memory.low").read_text().strip() == str(50 << 20)
+def test_memory_low_protects_a_pocket_when_others_are_reclaimed():
+    """What the kernel takes back from all services it takes from those without a promise, as long as they have some."""
+
+    def low(cgroup: Path) -> int:
+        return int((cgroup / "memory.low").read_text())
+
+    def pages(name: str) -> int:
+        return counts(cgroup_of(name) / "memory.stat")["file"] >> 20
+
+    with login("guarded", timeout=TIMEOUT) as guarded, login("free", timeout=TIMEOUT) as free:
+        for session in (guarded, free):
+            session.call("app:cache", 40 << 20)
+        pocket_, above = cgroup_of("guarded"), list(cgroup_of("guarded").parents)[:4]
+        assert above[-1] == SLICE
+        assert wait_for(lambda: [low(cgroup) for cgroup in (pocket_, *above)] == [50 << 20] * 5)
+        systemctl("daemon-reload")
+        assert [low(cgroup) for cgroup in (pocket_, *above)] == [50 << 20] * 5
+        assert pages("guarded") >= 40 and pages("free") >= 40
+        (SLICE / "memory.reclaim").write_text("30M")
+        assert pages("guarded") >= 40 and pages("free") < 20
+        # The same without the promise: both have to give.
+        free.call("app:cache", 40 << 20)
+        call("set", name="guarded", limits={"memory.low": "0"})
+        assert wait_for(lambda: [low(cgroup) for cgroup in (pocket_, *above)] == [0] * 5)
+        (SLICE / "memory.reclaim").write_text("50M")
+        assert pages("guarded") < 35
+    call("set", name="guarded", limits={"memory.low": "50M"})
+
+
+def test_promises_add_up_and_end_with_their_pockets():
+    def low() -> int:
+        return int((SLICE / "memory.low").read_text())
+
+    call("set", name="free", limits={"memory.low": "20M"})
+    try:
+        with login("free", timeout=TIMEOUT):
+            with login("guarded", timeout=TIMEOUT):
+                assert wait_for(lambda: low() == 70 << 20)
+                systemctl("restart", "pocketd.service")
+                assert wait_for(lambda: low() == 70 << 20)
+            assert wait_for(lambda: low() == 20 << 20)
+        assert wait_for(lambda: low() == 0)
+    finally:
+        call("set", name="free", limits={"memory.low": "0"})
 
 
 def test_swap_max_bounds_what_is_swapped():

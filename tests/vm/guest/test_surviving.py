@@ -36,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("pockets")
 EACH = 10
 PLACE = Path("/var/lib/vm-scratch/work")  # ext4, where files can be shown as the pocket's own
 UNIT = "pocketd.service"
-# Each start of a program leaves a line; a signal is answered; each line of input too, with a number that goes on. A thread
-# waits for the signal: a handler of Python's waits too long when the signal comes just before read(2) is called.
+# Each start of a program leaves a line; a signal is answered; each line of input too, with a number that goes on.
+# A thread waits for the signal: a handler of Python's runs late when its signal comes just before read(2) is called.
 LOOP = """
 import os, signal, sys, threading
 with open("out/started", "a") as f: f.write(sys.argv[1] + "\\n")
