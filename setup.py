@@ -88,7 +88,7 @@ setup(
     python_requires=">=3.11",
     packages=["pocketd", "pocketd.client", "pocketd.command", "nsutil", "cgroup", "runtime"],
     package_data={"nsutil": ["py.typed"]},
-    install_requires=["msgpack>=1", "pyroute2", "cgroupspy==0.2.3", "python-prctl", "jeepney", "tomli-w"],
+    install_requires=["msgpack>=1", "pyroute2", "cgroupspy==0.2.3", "python-prctl", "jeepney", "tomli-w", "pyseccomp"],
     extras_require={
         # Wheels of tensorflow-cpu exist for x86-64 only; on aarch64 tensorflow itself is the build without CUDA.
         "tensorflow": [

@@ -6,13 +6,14 @@ Sources: namespaces(7), setns(2), unshare(2), user_namespaces(7).
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
 import struct
 from pathlib import Path
 
-from nsutil import clone
+from nsutil import clone, privileges
 from nsutil.syscalls import check, libc
 
 # linux/sched.h
@@ -23,6 +24,8 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+CLONE_NEWTIME = 0x00000080  # a flag of unshare and clone3; of clone it is part of the exit signal
+ALL = (CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET)
 
 # net/if.h, linux/sockios.h
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
@@ -48,6 +51,29 @@ def loopback_up() -> None:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack("16xh22x", fcntl.ioctl(s, _SIOCGIFFLAGS, request))[0]
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
+
+
+def own_user(uid: int, gid: int) -> bool:
+    """Leave for a new user namespace that knows no id but the process's own, `uid` and `gid`.
+
+    False, and nothing has changed, where the kernel makes none (user.max_user_namespaces is 0, a filter). The process
+    must have one thread, no supplementary group and CAP_SYS_ADMIN, which some kernels ask for; it has every capability
+    in the new namespace afterwards, and none outside. What the kernel counts by user (user_namespaces(7); inotify's
+    limits) is counted as this user's, who owns the namespace. Raises OSError when it fails half-way.
+    """
+    try:
+        unshare(CLONE_NEWUSER)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EPERM, errno.EUSERS, errno.ENOSYS, errno.EINVAL):
+            return False
+        raise
+    privileges.dumpable(True)  # else the files are root's
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, text.encode())
+        os.close(fd)
+    privileges.dumpable(False)
+    return True
 
 
 def id_map(on_disk: tuple[int, int], shown: tuple[int, int]) -> int:

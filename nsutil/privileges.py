@@ -9,6 +9,7 @@ import ctypes
 import struct
 
 from nsutil.syscalls import (
+    SYS_CAPGET,
     SYS_CAPSET,
     SYS_KEYCTL,
     SYS_SETGROUPS,
@@ -21,6 +22,7 @@ from nsutil.syscalls import (
 
 # linux/prctl.h
 PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -46,14 +48,37 @@ def drop_capabilities() -> None:
     syscall(SYS_CAPSET, header, ctypes.create_string_buffer(24), call="capset")
 
 
-def become(uid: int, gid: int) -> None:
-    """Take on an identity for good, with no supplementary group, no capability and no way to gain any."""
-    # The system calls, not libc's functions: those would tell every thread that libc knows of, and wait for threads
-    # which in a live fork's child are not there yet (nptl(7), "signal-based ... UIDs and GIDs").
+# The system calls, not libc's functions: those would tell every thread that libc knows of, and wait for threads which
+# in a live fork's child are not there yet (nptl(7), "signal-based ... UIDs and GIDs").
+
+
+def leave_groups() -> None:
+    """Have no supplementary group."""
     syscall(SYS_SETGROUPS, 0, 0, call="setgroups")
+
+
+def become(uid: int, gid: int, *, keep: bool = False) -> None:
+    """Take on an identity for good. `keep`: with the capabilities held now, which leaving uid 0 takes else."""
+    if keep:
+        prctl(PR_SET_KEEPCAPS, 1, call="prctl(PR_SET_KEEPCAPS)")
     syscall(SYS_SETRESGID, gid, gid, gid, call="setresgid", detail=str(gid))
     syscall(SYS_SETRESUID, uid, uid, uid, call="setresuid", detail=str(uid))
-    drop_capabilities()
+    if keep:
+        _raise_permitted()
+
+
+def _raise_permitted() -> None:
+    """Make what is permitted effective: a change of uid leaves it permitted alone (capabilities(7))."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), 8)
+    sets = ctypes.create_string_buffer(24)
+    syscall(SYS_CAPGET, header, sets, call="capget")
+    words = list(struct.unpack("6I", sets.raw))  # effective, permitted, inheritable; low words, then high ones
+    words[0], words[3] = words[1], words[4]
+    syscall(SYS_CAPSET, header, ctypes.create_string_buffer(struct.pack("6I", *words), 24), call="capset")
+
+
+def no_new_privileges() -> None:
+    """Let no execve(2) from here on give privileges (prctl(2), PR_SET_NO_NEW_PRIVS)."""
     prctl(PR_SET_NO_NEW_PRIVS, 1, call="prctl(PR_SET_NO_NEW_PRIVS)")
 
 

@@ -158,7 +158,8 @@ def _files(
         tree = trees.make(fd, pidfd, writable=writable, uid=uid, identities=daemon.identities)
         stack.callback(os.close, tree)
         directory = os.path.isdir(f"/proc/self/fd/{fd}")
-        found.append((tree, {"target": target, "alias": alias, "directory": directory}))
+        place = {"target": target, "alias": alias, "directory": directory, "writable": writable}
+        found.append((tree, place))
 
     definition = plan.definition
     if definition is None:

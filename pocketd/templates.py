@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
 from nsutil.messages import Fds
-from pocketd import containers, events, spawn
+from pocketd import containers, events, filters, spawn
 from pocketd.definitions import ModelFactory, ModelFile
 from pocketd.staleness import Staleness
 from pocketd.wire import Error, Message
@@ -98,6 +98,7 @@ class Templates:
             "preload": list(g.definition.preload),
             "environment": environment,
             "models": sources,
+            "filters": filters.compiled(),
             "named": {name: _named(model) for name, model in g.definition.models.items()},
         }
         note = {"models": list(t.models), "started": t.started, "command": g.command}

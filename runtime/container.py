@@ -17,7 +17,7 @@ from typing import Any, Dict, NoReturn, Tuple
 
 from nsutil import clone, mounts, namespaces, privileges
 from pocketd import wire
-from runtime import init
+from runtime import confinement, init
 
 # What `rootfs = "host"` shows of the host's /etc. None of these holds a secret on any distribution.
 ETC = (
@@ -32,6 +32,7 @@ SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 OWN = ("dev", "proc", "sys", "run", "tmp", "pocket")
 # Where pockets' directories mostly are: a worker needs no root of its own to show them at their own paths.
 PLACES = ("home", "root", "srv", "opt", "mnt", "media", "var")
+MASKED = ("/sys/dev/block", "/sys/firmware", "/sys/fs/selinux")  # as podman does in its containers
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 LIBRARY = "/run/pocketd/lib"
 
@@ -72,7 +73,11 @@ def build_root(spec: Specification) -> None:
     for path in spec.shown:
         show_path(path, root)
     make_devices(f"{root}/dev")
+    os.makedirs(f"{root}{confinement.EMPTY}")
     mounts.mount("sysfs", f"{root}/sys", "sysfs", mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV)
+    for path in MASKED:
+        if os.path.isdir(f"{root}{path}"):
+            mounts.bind(f"{root}{confinement.EMPTY}", f"{root}{path}")
     for path, name in spec.library:
         target = f"{root}{LIBRARY}/{name}"
         mounts.point(target, path)

@@ -20,7 +20,7 @@ from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, imported, interpreter, models, randomness, runtimes, worker
+from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, worker
 
 # A private network namespace unless the pocket may use the host's.
 _FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
@@ -37,6 +37,7 @@ class Template:
     models: Dict[str, Any] = field(default_factory=dict)
 
     reopen: Tuple[int, ...] = ()
+    masks: confinement.Masks = field(default_factory=confinement.Masks)
 
     def say(self, message: Message, fds: Iterable[int] = ()) -> None:
         wire.send(self.talk, message, fds)

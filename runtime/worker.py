@@ -19,6 +19,7 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, interpreter, program, randomness, session
+from runtime.confinement import Masks, confine
 
 ORDERS = 1 << 20  # bytes, at most
 CREDENTIALS = 1 << 20  # bytes, all together (systemd.exec(5), LoadCredential=); as much again for names and pages
@@ -44,8 +45,8 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)
         secrets = handed.pop() if message.get("credentials") else None
-        settle(message, handed, secrets)
-        confine(message)
+        settle(message, handed, secrets, template.masks)
+        confine(message, template.begin.get("filters", ()))
         start, fds = wire.receive(sock)
         if start.get("mode") != message["mode"]:
             raise Error("bad-request", f"the login was for mode {message['mode']}, the start message is for another")
@@ -98,7 +99,7 @@ def tell(sock: socket.socket, e: BaseException) -> None:
         os.write(2, f"pocket: {error.message}\n".encode())
 
 
-def settle(message: Message, trees: List[int], secrets: Optional[int]) -> None:
+def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Masks) -> None:
     """Take a place of one's own: cgroup namespace, host name, network, and the pocket's view of files."""
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
     namespaces.set_hostname(message["hostname"])
@@ -110,6 +111,7 @@ def settle(message: Message, trees: List[int], secrets: Optional[int]) -> None:
     if not all(os.path.lexists("/" + path.split("/")[1]) for path in (home or "/usr", *(p["target"] for p in places))):
         m.writable_root(made)
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
+    masks.apply()
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
@@ -166,23 +168,6 @@ def show_credentials(fd: int, message: Message, made: List[str]) -> None:
     os.chown(target, message["uid"], message["gid"])
     os.chmod(target, 0o500)
     mounts.set_attributes(mounts.AT_FDCWD, mounts.MOUNT_ATTR_RDONLY, path=target)
-
-
-def confine(message: Message) -> None:
-    """Give up everything, for good: every thread that comes back later lacks it too."""
-    oom(0)  # before the change of uid, after which the file is root's
-    privileges.new_session_keyring()
-    privileges.become(message["uid"], message["gid"])
-    privileges.dumpable(False)
-
-
-def oom(score: int) -> None:
-    """Workers are killed before their template (design, "Cgroups")."""
-    try:
-        with open("/proc/self/oom_score_adj", "w") as f:
-            f.write(str(score))
-    except OSError:
-        pass  # it was not raised above what an unprivileged process may set
 
 
 def take_listening(start: Message, fds: List[int], sock: socket.socket, held: Sequence[int]) -> socket.socket:

@@ -1,0 +1,89 @@
+"""What a worker gives up before its first line of app code, while it has one thread: for good, and for all its threads.
+
+In the order that the kernel wants: a user namespace of its own while it still may write the maps, ids and capabilities,
+no_new_privs, Landlock, and the system call filter last, since it refuses what the others need.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Iterable, List, Sequence, Tuple
+
+from nsutil import landlock, mounts, namespaces, privileges, seccomp
+from pocketd.wire import Message
+
+# What podman masks and makes read-only in a container's /proc (containers/common, pkg/config): what tells of the host,
+# or sets it. /sys is masked once for the whole service (runtime.container).
+_MASKED = (
+    "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi",
+    "/proc/timer_list", "/proc/timer_stats",
+)  # fmt: skip
+_READ_ONLY = ("/proc/asound", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+EMPTY = "/run/pocketd/empty"  # a directory with nothing in it (runtime.container)
+# Hard limits beyond which no caller's soft limit goes: no real time, and little memory that cannot be swapped.
+_LIMITS = ((resource.RLIMIT_RTPRIO, 0), (resource.RLIMIT_NICE, 0), (resource.RLIMIT_MEMLOCK, 8 << 20))
+
+
+class Masks:
+    """What of /proc is hidden or read-only, looked up once, in a template: every proc file system has the same."""
+
+    def __init__(self) -> None:
+        self._hidden = [(path, EMPTY if os.path.isdir(path) else "/dev/null") for path in _MASKED if _there(path)]
+        self._fixed = [path for path in _READ_ONLY if _there(path)]
+
+    def apply(self) -> None:
+        for path, cover in self._hidden:
+            mounts.mount(cover, path, None, mounts.MS_BIND)
+        for path in self._fixed:
+            mounts.mount(path, path, None, mounts.MS_BIND | mounts.MS_REC)
+            mounts.set_attributes(mounts.AT_FDCWD, mounts.MOUNT_ATTR_RDONLY, path=path)
+
+
+def _there(path: str) -> bool:
+    return os.path.lexists(path)
+
+
+def confine(message: Message, filters: Sequence[bytes]) -> None:
+    """Give up everything. `message`: the worker's orders."""
+    oom(0)  # before the change of uid, after which the file is root's
+    limit()
+    privileges.new_session_keyring()
+    privileges.no_new_privileges()
+    privileges.leave_groups()
+    privileges.become(message["uid"], message["gid"], keep=True)
+    if namespaces.own_user(message["uid"], message["gid"]):
+        privileges.drop_bounding_set()  # full again in a new user namespace
+    privileges.drop_capabilities()
+    privileges.dumpable(False)  # until app code starts
+    version = landlock.abi()
+    if version:
+        landlock.restrict(version, *places(message))
+    seccomp.install(filters)
+
+
+def places(message: Message) -> Tuple[List[str], Iterable[str]]:
+    """What a worker may change, and what it may write to: devices, and the files of its own processes in /proc."""
+    writable = ["/tmp", "/dev/shm"]
+    if message["home"]:
+        writable.append(message["home"])
+    for place in message["mounts"]:
+        if place.get("writable"):
+            writable += [path for path in (place["target"], place.get("alias")) if path]
+    return writable, ("/proc", "/dev")
+
+
+def limit() -> None:
+    for kind, most in _LIMITS:
+        soft, hard = resource.getrlimit(kind)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
+
+
+def oom(score: int) -> None:
+    """Workers are killed before their template (design, "Cgroups")."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write(str(score))
+    except OSError:
+        pass  # it was not raised above what an unprivileged process may set
