@@ -159,12 +159,12 @@ def writable_root(made: list[str]) -> None:
     made.append("/")
 
 
-def cover(directory: str, *, size: int, mode: int = 0o755) -> None:
+def cover(directory: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV) -> None:
     """A tmpfs over `directory`, with everything that stands there shown in it as it is."""
     old = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         entries = os.listdir(old)
-        tmpfs(directory, size=size, mode=mode)
+        tmpfs(directory, size=size, mode=mode, flags=flags)
         for name in entries:
             show(f"/proc/self/fd/{old}/{name}", f"{directory}/{name}")
     finally:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
 from nsutil.messages import Fds, MessageError, short_name
-from pocketd import events, launch, observe, tuning, wire
+from pocketd import events, launch, observe, rights, tuning, wire, witness
 from pocketd.definitions import describe
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -158,6 +158,19 @@ async def _inspect(c: Connection, message: Message, fds: Fds, progress: Callable
     return tuning.inspect(c.daemon, c.peer, wire.field(message, "name", str))
 
 
+async def _allow(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    c.must_be_root("change rights")
+    words, name = wire.field(message, "what", list), wire.field(message, "name", str)
+    if not words or not all(isinstance(word, str) for word in words):
+        raise Error("bad-request", f"name a right: {rights.FORMS}")
+    give, persist = wire.field(message, "allow", bool), wire.field(message, "persist", bool, False)
+    return rights.change(c.daemon, name, words, give, persist)
+
+
+async def _privileges(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return witness.privileges(c.daemon, c.peer, wire.field(message, "name", str))
+
+
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
     return observe.ps(c.daemon, c.peer)
 
@@ -181,6 +194,8 @@ OPERATIONS: dict[str, Operation] = {
     "reload": _reload,
     "set": _set,
     "inspect": _inspect,
+    "allow": _allow,
+    "privileges": _privileges,
     "ps": _ps,
     "logs": _logs,
     "stop": _stop,

@@ -27,11 +27,12 @@ from pocketd import __version__, config, events, permissions, supervision, syste
 from pocketd.admission import Admission
 from pocketd.authors import Authors
 from pocketd.control import Control
-from pocketd.definitions import Config, Pocket, Service
+from pocketd.definitions import Allow, Config, Pocket, Service
 from pocketd.generation import Generation, Session
 from pocketd.host import Host
 from pocketd.identities import Identities
 from pocketd.idle import Idle
+from pocketd.paths import Mount
 from pocketd.scopes import Directories, Scopes, Units
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
@@ -51,6 +52,7 @@ class Daemon:
         self.services: dict[str, RunningService] = {}
         self.config = Config({}, {})
         self.changed: dict[str, Limits] = {}  # by `pocket set`
+        self.rights: dict[str, tuple[Allow, tuple[Mount, ...]]] = {}  # by `pocket allow` and `pocket deny`
         self.admission = Admission(self)
         self.last_right: dict[str, Pocket] = {}  # of pockets that their authors have made invalid since
         self.authors = Authors(self)
@@ -60,7 +62,7 @@ class Daemon:
     def configure(self) -> None:
         """Read the configuration. What runs keeps the definition that it was made by."""
         self.config = settings = self.read()
-        changed, self.changed = self.changed, {}
+        changed, self.changed, self.rights = self.changed, {}, {}
         for problem in settings.problems:
             where = f"{problem.file}:{problem.line}" if problem.line else str(problem.file)
             events.emit(
@@ -92,7 +94,8 @@ class Daemon:
         pocket = read.pockets.get(name)
         if pocket:
             limits = MappingProxyType({**pocket.limits, **self.changed.get(name, {})})
-            pockets[name] = replace(pocket, limits=limits)
+            allow, mounts = self.rights.get(name, (pocket.allow, pocket.mounts))
+            pockets[name] = replace(pocket, limits=limits, allow=allow, mounts=mounts)
         elif name in read.invalid:
             invalid[name] = read.invalid[name]
             self.last_right.setdefault(name, now.pockets.get(name) or self.last_right[name])
@@ -109,6 +112,12 @@ class Daemon:
         elif service:
             definition = service.definition
             service.definition = replace(definition, limits=MappingProxyType({**definition.limits, **limits}))
+
+    def change_rights(self, name: str, allow: Allow, mounts: tuple[Mount, ...]) -> None:
+        """What `pocket allow` or `deny` changed, for the next launches; reading the configuration takes it back."""
+        self.rights[name] = (allow, mounts)
+        changed = replace(self.config.pockets[name], allow=allow, mounts=mounts)
+        self.config = replace(self.config, pockets=MappingProxyType({**self.config.pockets, name: changed}))
 
     def tidy(self) -> None:
         """Remove copies of models that nothing uses any more."""
@@ -141,7 +150,9 @@ class Daemon:
             name = "tensorflow" if "tensorflow" in self.services else next(iter(self.services))
         pocket = self.config.pockets.get(name)
         if pocket is None:
-            return self._startable(self.service(name)), None
+            service = self.service(name)
+            permissions.check_may_use(service.definition, peer)
+            return self._startable(service), None
         permissions.check_may_run(pocket, peer)
         if pocket.service is not None:
             return self._startable(self.service(pocket.service)), pocket

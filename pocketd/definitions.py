@@ -66,6 +66,7 @@ class Service:
     stop_timeout: float = 10.0  # seconds that workers have from SIGTERM to SIGKILL at power-off and `pocket off`
     idle: Idle = "keep"
     idle_after: float = 60.0  # seconds without work before idle memory is reclaimed
+    may_run: tuple[str, ...] | None = None  # who, besides root, may run ad hoc in it; None: whoever may connect
 
     def wire(self) -> dict[str, Any]:
         """It as a map of plain values, for `unwire`."""
@@ -86,6 +87,7 @@ class Service:
         values.update({key: Path(values[key]) for key in ("rootfs", "python") if values.get(key)})
         values.update({key: MappingProxyType(values[key]) for key in ("env", "limits") if key in values})
         values["preload"] = tuple(values.get("preload", ()))
+        values["may_run"] = tuple(values["may_run"]) if values.get("may_run") is not None else None
         models = {
             name: ModelFile(Path(text)) if text.startswith("/") else ModelFactory(*text.split(":", 1))
             for name, text in m.get("models", {}).items()
@@ -108,6 +110,7 @@ class Allow:
     network: Network = "none"
     models: tuple[str, ...] = ()
     write: tuple[str, ...] = ()  # relative to the pocket's directory, without ".."
+    devices: tuple[str, ...] = ()  # device files of the host
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Pocket:
     packages: str | None = None  # a directory beneath `dir` that comes first on sys.path
     env: Mapping[str, str] = _empty()
     limits: Limits = _empty()  # those of [defaults.pocket] included
-    may_run: tuple[str, ...] = ()  # user names and "@group"s, besides root
+    may_run: tuple[str, ...] = ()  # user names, "@group"s and "cgroup:/PATH"s, besides root
     run_as: User | None = None  # None: an id of its own
     allow: Allow = Allow()
     mounts: tuple[Mount, ...] = ()

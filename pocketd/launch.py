@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import stat
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -236,6 +237,20 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
     }
 
 
+def _devices(plan: Plan) -> list[Message]:
+    """The device files of the host that the pocket may use: its worker makes its own of the same numbers."""
+    found = []
+    for path in plan.definition.allow.devices if plan.definition else ():
+        try:
+            status = os.lstat(path)
+        except OSError as e:
+            raise Error("device", f"{plan.name} may use {path}, which is not there: {e.strerror}") from None
+        if not stat.S_ISCHR(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise Error("device", f"{plan.name} may use {path}, which is no device file")
+        found.append({"path": path, "kind": stat.S_IFMT(status.st_mode), "number": status.st_rdev})
+    return found
+
+
 def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int, Message]], secret: str | None) -> int:
     """What the worker is to do, in a sealed memfd that it alone reads; the caller owns the descriptor.
 
@@ -257,6 +272,8 @@ def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int
         "credentials": secret,
         "exit": generation.definition.exit,
         "pids_max": plan.limits.get("pids.max"),
+        "devices": _devices(plan),
+        "defined": plan.definition is not None,
     }
     return memory.sealed(wire.pack(orders), "orders")
 

@@ -5,26 +5,64 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections.abc import Collection
 
+from cgroup.hierarchy import path_of
 from nsutil import processes
 from nsutil.beneath import open_beneath
-from pocketd.definitions import Pocket
+from pocketd.definitions import Pocket, Service
 from pocketd.wire import Error
 
 
 def check_may_run(pocket: Pocket, peer: processes.Peer) -> None:
-    """Raise Error unless the caller is root or named by may_run, as itself or by a group."""
+    """Raise Error unless the caller is root or named by may_run."""
+    if not named(pocket.may_run, peer):
+        raise Error("forbidden", f"you may not run {pocket.name}: its `may_run` names neither you nor a group of yours")
+
+
+def check_may_use(service: Service, peer: processes.Peer) -> None:
+    """The same for runs without a definition. Without `may_run` they are open to whoever may connect."""
+    if service.may_run is not None and not named(service.may_run, peer):
+        raise Error("forbidden", f"you may not run programs in {service.name}: its `may_run` does not name you")
+
+
+def named(allowed: Collection[str], peer: processes.Peer) -> bool:
+    """Whether the caller is root, or named: as itself, by a group, or by the cgroup that the kernel has it in."""
     if peer.uid == 0:
-        return
+        return True
     try:
         user = pwd.getpwuid(peer.uid)
     except KeyError:
         user = None
-    names = set()
-    if user:
-        names = {user.pw_name, *(f"@{grp.getgrgid(g).gr_name}" for g in os.getgrouplist(user.pw_name, user.pw_gid))}
-    if not names & set(pocket.may_run):
-        raise Error("forbidden", f"you may not run {pocket.name}: its `may_run` names neither you nor a group of yours")
+    if user and user.pw_name in allowed:
+        return True
+    if user and any(word.startswith("@") for word in allowed):
+        groups = {f"@{_group(gid)}" for gid in os.getgrouplist(user.pw_name, user.pw_gid)}
+        if groups & set(allowed):
+            return True
+    places = [word.partition(":")[2].rstrip("/") for word in allowed if word.startswith("cgroup:")]
+    if not places:
+        return False
+    found = cgroup_of(peer)
+    return any(found == place or found.startswith(f"{place}/") for place in places)
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def cgroup_of(peer: processes.Peer) -> str:
+    """The caller's cgroup, by the pidfd that the kernel gave with the connection: a reused pid deceives nobody."""
+    try:
+        path = path_of(peer.pid)
+        if processes.pid_of(peer.pidfd) == peer.pid:  # still there, so the pid was its own when it was looked up
+            return path
+    except (OSError, processes.Gone):
+        pass
+    raise Error("gone", "the caller has ended")
 
 
 def writable(directory: int, path: str) -> int:

@@ -256,8 +256,12 @@ def mount(value: object) -> Mount:
 
 
 def caller(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"@?[^\s:,@/\0]{1,255}", value):
-        raise Invalid('is neither a user nor a group; write "alice", or "@vision" for a group')
+    known = r"@?[^\s:,@/\0]{1,255}|cgroup:/[^\s,\0]{1,1000}"
+    if not isinstance(value, str) or not re.fullmatch(known, value):
+        right = (
+            'write "alice", "@vision" for a group, or "cgroup:/system.slice/door.service" for what runs in that cgroup'
+        )
+        raise Invalid(f"is neither a user nor a group nor a cgroup; {right}")
     return value
 
 
@@ -284,11 +288,16 @@ def network(value: object) -> str:
     return choice("none", "host")(value)
 
 
-def no_devices(value: object) -> tuple[str, ...]:
-    devices = several(text, 'devices = ["/dev/video0"]')(value)
-    if devices:
-        raise Invalid("devices are not offered by this version of pocketd; leave the list empty")
-    return devices
+# Devices that are the whole host: its memory and its ports.
+_HOST = ("/dev/mem", "/dev/kmem", "/dev/port", "/dev/kcore")
+
+
+def device(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("/dev/") or os.path.normpath(value) != value or "\0" in value:
+        raise Invalid('is not a device; write its path, such as "/dev/video0"')
+    if value in _HOST:
+        raise Invalid("is all of the host; no pocket gets it")
+    return value
 
 
 def directory(value: object) -> Path:
@@ -356,6 +365,7 @@ def service(name: str, reader: Reader, refusals: Refusals) -> Service:
         stop_timeout=reader.take("stop_timeout", seconds(0, 600), 10.0),
         idle=reader.take("idle", choice("keep", "reclaim"), "keep"),  # type: ignore[arg-type]
         idle_after=reader.take("idle_after", seconds(1, 86400), 60.0),
+        may_run=reader.take("may_run", several(caller, 'may_run = ["alice", "@vision"]'), None),
     )
     if found.rootfs is None and found.python is not None and not os.access(found.python, os.X_OK):
         reader.fail("python", "is not a program that exists; name a Python interpreter")
@@ -411,13 +421,13 @@ def pocket(name: str, reader: Reader, refusals: Refusals, path: Path | None) -> 
             network=allow.take("network", network, "none"),  # type: ignore[arg-type]
             models=allow.take("models", several(text, 'models = ["mobilenet"]'), ()),
             write=allow.take("write", several(beneath, 'write = ["out"]'), ()),
+            devices=allow.take("devices", several(device, 'devices = ["/dev/video0"]'), ()),
         ),
         mounts=reader.take("mounts", several(mount, 'mounts = ["/srv/data:/data:rw"]'), ()),
         warm=reader.take("warm", count, 0),
         checkpoint=reader.take("checkpoint", text, None),
         rehearse=reader.take("rehearse", several(text, 'rehearse = ["sample.jpg"]'), ()),
     )
-    allow.take("devices", no_devices, ())
     allow.finish()
     reader.finish()
     return found

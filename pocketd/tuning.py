@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 _SMALLEST = ("memory.max", "memory.high", "memory.swap.max", "pids.max", "cpu.max")
 
 
-def set_limits(daemon: Daemon, name: str, given: Mapping[str, object], persist: bool) -> Message:
+def set_limits(daemon: Daemon, name: str, given: Mapping[str, object], keep: bool) -> Message:
     """Change limits of a pocket (its total) or a service, in its cgroups and for its next launches. Raises Error."""
     parsed = _parse(daemon, name, given)
     kind = "pocket" if name in daemon.config.pockets else "service" if name in daemon.services else None
     cgroups = _cgroups(daemon, name)
     if kind is None and not cgroups:
         raise Error("not-found", f"there is no pocket or service {name!r}")
-    if kind is None and persist:
+    if kind is None and keep:
         raise Error("bad-request", f"{name} has no definition that could keep a limit; leave --persist out")
     units = {s.note["leaf"].rpartition("/")[2] for _, s in daemon.sessions() if s.pocket == name and s.adopted}
     try:
@@ -47,11 +47,14 @@ def set_limits(daemon: Daemon, name: str, given: Mapping[str, object], persist: 
                 cgroup.apply(parsed)
     except (LimitError, OSError) as e:
         raise Error("limit", f"{name}: {e}") from None
-    if persist and kind:
-        _persist(_drop_in(daemon, name), kind, name, given)
+    if keep and kind:
+        try:
+            persist(daemon, name, kind, {"limits": dict(given)})
+        except Error as e:
+            raise Error(e.code, f"the limits hold now, and {e.message}") from None
     _promise(daemon, name, cgroups, parsed)
     daemon.change_limits(name, parsed)
-    events.emit("limits-set", name=name, limits=dict(parsed), persist=persist, cgroups=len(cgroups))
+    events.emit("limits-set", name=name, limits=dict(parsed), persist=keep, cgroups=len(cgroups))
     return {"limits": dict(parsed), "cgroups": cgroups, "units": sorted(units)}
 
 
@@ -115,23 +118,24 @@ def _drop_in(daemon: Daemon, name: str) -> Path:
     return path.with_name(path.name + ".d") / f"90-{name}.conf"
 
 
-def _persist(path: Path, kind: str, name: str, given: Mapping[str, object]) -> None:
+def persist(daemon: Daemon, name: str, kind: str, keys: Mapping[str, Any]) -> None:
+    """Write keys of a definition to its drop-in: lists replace what stood there, tables are merged. Raises Error."""
+    path = _drop_in(daemon, name)
     try:
         tree = tomllib.loads(path.read_text()) if path.exists() else {}
-        limits = tree.setdefault(kind, {}).setdefault(name, {}).setdefault("limits", {})
-        limits.update(given)
+        definition = tree.setdefault(kind, {}).setdefault(name, {})
+        for key, value in keys.items():
+            definition[key] = {**definition.get(key, {}), **value} if isinstance(value, Mapping) else value
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with open(temporary, "w") as file:
-            file.write("# Written by `pocket set --persist`; remove the file to take it back.\n" + tomli_w.dumps(tree))
+            file.write("# Written by `pocket --persist`; remove the file to take it back.\n" + tomli_w.dumps(tree))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, ValueError, AttributeError) as e:
         why = e.strerror if isinstance(e, OSError) else e
-        raise Error(
-            "state", f"the limits hold now, and {path} cannot keep them: {why}; mend it and say it again"
-        ) from None
+        raise Error("state", f"{path} cannot be written: {why}; mend it and say it again") from None
 
 
 # -- inspect
@@ -143,7 +147,7 @@ def inspect(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
         if peer.uid:
             raise Error("forbidden", "only root may inspect a service")
         service = daemon.services[name]
-        shown = _plain(service.definition)
+        shown = plain(service.definition)
         return {"kind": "service", "name": name, "state": service.state, "definition": shown, **_held(daemon, name)}
     definition = daemon.config.pockets.get(name)
     if definition:
@@ -155,7 +159,7 @@ def inspect(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
         if s.pocket == name and s.leaf:
             row = {"session": s.id, "pid": s.pid, "service": g.name, "generation": g.number, "adopted": s.adopted}
             sessions.append({**row, "cgroup": s.leaf.kernel_path, **_levels(daemon, s.leaf.kernel_path)})
-    shown = _plain(definition) if definition else None
+    shown = plain(definition) if definition else None
     return {"kind": "pocket", "name": name, "definition": shown, "sessions": sessions, **_held(daemon, name)}
 
 
@@ -191,12 +195,12 @@ def _amount(text: str) -> float:
     return int(first) / int(period) if period else int(first)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Definitions' values as msgpack and JSON have them."""
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
+        return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value

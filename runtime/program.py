@@ -21,13 +21,16 @@ from typing import Any, Dict
 from nsutil import processes
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import frames, interpreter
+from runtime import frames, hints, interpreter
 
 _HERE = os.path.dirname(__file__)
 
 
-def run(start: Message) -> int:
-    """Run what `start` names and return its exit status. An uncaught KeyboardInterrupt ends the process by SIGINT."""
+def run(start: Message, orders: Message) -> int:
+    """Run what `start` names and return its exit status. An uncaught KeyboardInterrupt ends the process by SIGINT.
+
+    `orders`: pocketd's word about the pocket, for the hint at a failure for want of a right.
+    """
     kind, name = wire.field(start, "kind", str), os.fsdecode(wire.field(start, "program", bytes))
     arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
     sys.argv[:] = [{"module": "-m", "code": "-c"}.get(kind, name), *arguments]
@@ -43,7 +46,11 @@ def run(start: Message) -> int:
         return runner(name)
     except BaseException as e:
         failure = e
-    return fail(failure)
+    code = fail(failure)
+    missing = hints.hint(failure, orders)
+    if missing:
+        interpreter.complain(f"{missing}\n")
+    return code
 
 
 def apply_environment() -> None:

@@ -67,7 +67,7 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
             code = session.serve(sock, start, template.runtime, template.models, message["directory"])
         else:
             sock.close()
-            code = program.run(start)
+            code = program.run(start, message)
         interpreter.finish(code, full=message["exit"] == "full")
     except KeyboardInterrupt:
         interpreter.die_by(signal.SIGINT)
@@ -125,6 +125,8 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
         attach(tree, place, made)
     if secrets is not None:
         show_credentials(secrets, message, made)
+    if message.get("devices"):
+        add_devices(message, made)
     m.seal(made)
 
 
@@ -143,6 +145,18 @@ def attach(tree: int, place: Message, made: List[str]) -> None:
         copy = mounts.open_tree(target)
         mounts.attach(copy, place["alias"])
         os.close(copy)
+
+
+def add_devices(message: Message, made: List[str]) -> None:
+    """Device files of the worker's own, on a /dev of its own: the service's is every worker's."""
+    mounts.cover("/dev", size=1 << 16, flags=mounts.MS_NOSUID | mounts.MS_NOEXEC)
+    made.append("/dev")
+    for device in message["devices"]:
+        path = device["path"]
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.lexists(path):
+            os.mknod(path, device["kind"] | 0o600, device["number"])
+            os.chown(path, message["uid"], message["gid"])
 
 
 def show_credentials(fd: int, message: Message, made: List[str]) -> None:

@@ -26,7 +26,10 @@ usage: pocket SERVICE on | off               switch a service on or off (also: p
        pocket reload [SERVICE]                read the configuration again; make the service anew beside the old
        pocket set [--persist] NAME LIMIT=VALUE...
                                               change limits of a pocket or a service now, such as memory.max=200M
-       pocket inspect NAME                    a definition, and the limits that hold
+       pocket allow | deny [--persist] NAME RIGHT...
+                                              rights of a pocket's next launches: network=host, model=NAME,
+                                              write=PATH, device=/dev/NAME, mount=SRC[:DST][:rw]
+       pocket inspect [--privileges] NAME     a definition, and the limits that hold; or what its workers may do
 
 Options of all but run: --json, --runtime-dir DIR (or POCKETD_RUNTIME_DIR)
 """
@@ -39,7 +42,7 @@ class Options:
         self.json = False
         self.runtime_dir: str | None = None
         self.lines = 200
-        self.all = self.persist = False
+        self.all = self.persist = self.privileges = False
         self.words: list[str] = []
         rest = list(words)
         while rest:
@@ -48,6 +51,8 @@ class Options:
                 self.json = True
             elif word == "--persist":
                 self.persist = True
+            elif word == "--privileges":
+                self.privileges = True
             elif word == "--all":
                 self.all = True
             elif word == "--runtime-dir" and rest:
@@ -213,10 +218,37 @@ def _several(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def allow(options: Options) -> None:
+    change_rights(options, True)
+
+
+def deny(options: Options) -> None:
+    change_rights(options, False)
+
+
+def change_rights(options: Options, give: bool) -> None:
+    verb = "allow" if give else "deny"
+    if len(options.words) < 2:
+        usage(f"{verb} needs a pocket and a right: pocket {verb} detect network=host")
+    name, *what = options.words
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("allow", name=name, what=what, allow=give, persist=options.persist))
+    if options.json:
+        print(json.dumps(reply, indent=1))
+        return
+    print(f"{name}: {'allowed' if give else 'denied'} {', '.join(what)}{' (kept)' if options.persist else ''}")
+    if reply["sessions"]:
+        print(f"{name}: {reply['sessions']} sessions go on as they began; pocket stop {name} ends them")
+
+
 def inspect(options: Options) -> None:
     if len(options.words) != 1:
         usage("inspect needs the name of a pocket or a service")
     with Control(options.runtime_dir) as control:
+        if options.privileges:
+            reply = _plain(control.call("privileges", name=options.words[0]))
+            print(json.dumps(reply, indent=1) if options.json else show.privileges(reply), end="")
+            return
         reply = _plain(control.call("inspect", name=options.words[0]))
     print(json.dumps(reply, indent=1) if options.json else show.inspection(reply), end="\n" if options.json else "")
 
@@ -234,6 +266,8 @@ VERBS = {
     "reload": reload,
     "set": set_limits,
     "inspect": inspect,
+    "allow": allow,
+    "deny": deny,
 }
 
 if __name__ == "__main__":

@@ -73,6 +73,24 @@ def inspection(reply: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def privileges(reply: dict[str, Any]) -> str:
+    """`pocket inspect --privileges`: the kernel's word on each worker."""
+    lines = []
+    for worker in reply["workers"]:
+        lines.append(f"{worker['pocket']} session {worker['session'][:12]} pid {worker['pid']}")
+        for status in worker["status"]:
+            count = status.pop("threads")
+            lines.append(f"  {count} thread{'' if count == 1 else 's'}:")
+            lines += [f"    {key:<16}{value}" for key, value in status.items()]
+        lines.append("  namespaces:")
+        for kind, link in worker["namespaces"].items():
+            lines.append(f"    {kind:<20}{link}{'  as the host' if kind in worker['shared'] else ''}")
+        for key in ("uid_map", "cgroup", "limits", "mountinfo"):
+            lines += [f"  {key}:", *(f"    {line}" for line in worker[key])]
+        lines += ["  descriptors:", *(f"    {fd:<4}{path}" for fd, path in worker["descriptors"].items())]
+    return "\n".join(lines) + "\n"
+
+
 _MEMORY = ("CHARGED", "PRIVATE", "SHARED", "CPU")
 
 

@@ -1,0 +1,52 @@
+"""The last line of a program that failed for want of a right: which one, and how its owner gives it.
+
+Only from what the exception itself says; whether the right would have been enough nobody knows.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Iterator, Optional
+
+from pocketd.wire import Message
+
+_DEPTH = 20
+_UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
+
+
+def hint(e: BaseException, orders: Message) -> Optional[str]:
+    """One line without its end, or None."""
+    for cause in _chain(e):
+        said = _of(cause, orders)
+        if said:
+            right, why = said
+            name = orders["hostname"]
+            if orders.get("defined"):
+                return f"pocket: {why}; to allow it, as root: pocket allow {name} {right}"
+            return f"pocket: {why}; a pocket with a definition can have it (allow, in pocketd.conf)"
+    return None
+
+
+def _of(e: BaseException, orders: Message) -> Optional["tuple[str, str]"]:
+    if isinstance(e, socket.gaierror) or (isinstance(e, OSError) and e.errno in _UNREACHABLE):
+        return ("network=host", "this pocket has no network") if orders["network"] == "none" else None
+    if isinstance(e, OSError) and isinstance(e.filename, (str, bytes)):
+        path = e.filename if isinstance(e.filename, str) else e.filename.decode(errors="replace")
+        if e.errno == errno.EROFS and orders.get("defined"):
+            for top in (orders["directory"], "/pocket"):
+                if path.startswith(f"{top}/"):
+                    return f"write={path[len(top) + 1 :]}", f"this pocket may not write {path}"
+            if not path.startswith("/"):
+                return f"write={path}", f"this pocket may not write {path}"
+        if e.errno in (errno.ENOENT, errno.EACCES, errno.EPERM) and path.startswith("/dev/"):
+            return f"device={path}", f"this pocket has no device {path}"
+    return None
+
+
+def _chain(e: Optional[BaseException]) -> Iterator[BaseException]:
+    for _ in range(_DEPTH):
+        if e is None:
+            return
+        yield e
+        e = e.__cause__ or e.__context__
