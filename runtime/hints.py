@@ -6,6 +6,7 @@ Only from what the exception itself says; whether the right would have been enou
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from typing import Iterator, Optional
 
@@ -32,13 +33,11 @@ def _of(e: BaseException, orders: Message) -> Optional["tuple[str, str]"]:
     if isinstance(e, socket.gaierror) or (isinstance(e, OSError) and e.errno in _UNREACHABLE):
         return ("network=host", "this pocket has no network") if orders["network"] == "none" else None
     if isinstance(e, OSError) and isinstance(e.filename, (str, bytes)):
-        path = e.filename if isinstance(e.filename, str) else e.filename.decode(errors="replace")
+        path = os.path.abspath(os.fsdecode(e.filename))
         if e.errno == errno.EROFS and orders.get("defined"):
             for top in (orders["directory"], "/pocket"):
                 if path.startswith(f"{top}/"):
                     return f"write={path[len(top) + 1 :]}", f"this pocket may not write {path}"
-            if not path.startswith("/"):
-                return f"write={path}", f"this pocket may not write {path}"
         if e.errno in (errno.ENOENT, errno.EACCES, errno.EPERM) and path.startswith("/dev/"):
             return f"device={path}", f"this pocket has no device {path}"
     return None

@@ -1,0 +1,271 @@
+"""What a pocket may do is what its definition says; `pocket allow` and `pocket deny` change it at run time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import socket
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cgroup.hierarchy import Hierarchy
+from tests.conftest import TIMEOUT, service_environment, toml_table
+
+with Hierarchy.find() as _hierarchy:
+    MOUNT = Path(_hierarchy.mount.path)
+NULL = os.makedev(1, 3)
+TRY = """
+import os, socket, sys
+for what in sys.argv[1:]:
+    try:
+        if what.isdigit():
+            socket.create_connection(("127.0.0.1", int(what)), timeout=5).close()
+        elif what.startswith("/dev/") and what[-1] != "!":
+            s = os.stat(what)
+            print(os.major(s.st_rdev), os.minor(s.st_rdev), oct(s.st_mode & 0o777), s.st_uid == os.getuid())
+            os.write(os.open(what, os.O_WRONLY), b"x")
+        elif what.endswith("!"):
+            open(what[:-1], "w").close()
+        else:
+            print(open(what).read(), end="")
+        print("yes")
+    except OSError as e:
+        print(e.strerror)
+"""
+
+
+class Pocket:
+    def __init__(self, daemon, place):
+        self.daemon, self.place = daemon, place
+
+    def tries(self, *words):
+        done = self.daemon.pocket("p", *words, cwd=self.place)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    def says(self, *words, code=0):
+        done = self.daemon.pocket(*words, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def p(own_pocketd, tmp_path):
+    place = tmp_path / "app"
+    place.mkdir()
+    (place / "app.py").write_text(TRY)
+    (tmp_path / "beside").write_text("beside\n")
+    text = f"""
+        [service.plain]
+        runtime = "python"
+        env = {toml_table(service_environment())}
+
+        [pocket.p]
+        service = "plain"
+        dir = "{place}"
+        program = "app.py"
+    """
+    return Pocket(own_pocketd(text), place)
+
+
+def test_the_network_is_given_and_taken_at_run_time(p):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert p.tries(port) == ["Connection refused"]
+        assert "allowed network=host" in p.says("allow", "p", "network=host")
+        assert p.tries(port) == ["yes"]
+        p.says("deny", "p", "network")
+        assert p.tries(port) == ["Connection refused"]
+
+
+def test_a_path_to_write_is_given_and_taken(p):
+    assert p.tries("out/made!") == ["No such file or directory"]
+    p.says("allow", "p", "write=out")
+    assert p.tries("out/made!", "made!") == ["yes", "Read-only file system"]
+    p.says("deny", "p", "write=out")
+    assert p.tries("out/made!") == ["Read-only file system"]
+
+
+def test_a_mount_is_given_read_only_unless_it_says_so(p, tmp_path):
+    beside = str(tmp_path / "beside")
+    assert p.tries(beside) == ["No such file or directory"]
+    p.says("allow", "p", f"mount={beside}")
+    assert p.tries(beside, f"{beside}!") == ["beside", "yes", "Read-only file system"]
+    p.says("deny", "p", f"mount={beside}")
+    p.says("allow", "p", f"mount={beside}:{beside}:rw")
+    assert p.tries(f"{beside}!") == ["yes"]
+
+
+@pytest.fixture
+def device():
+    """A device file of the host's: another name of the null device, for root alone."""
+    path = f"/dev/pocketd-test-{os.getpid()}"
+    os.mknod(path, stat.S_IFCHR | 0o600, NULL)
+    yield path
+    os.unlink(path)
+
+
+def test_a_device_is_the_workers_own_file(p, device):
+    assert p.tries(device) == ["No such file or directory"]
+    p.says("allow", "p", f"device={device}")
+    assert p.tries(device, "/dev/zero", "/dev/urandom!") == ["1 3 0o600 True", "yes", "1 5 0o666 False", "yes", "yes"]
+    assert os.stat(device).st_uid == 0 and stat.S_IMODE(os.stat(device).st_mode) == 0o600
+    p.says("deny", "p", f"device={device}")
+    assert p.tries(device) == ["No such file or directory"]
+
+
+def test_a_device_that_is_not_there_is_named(p, device):
+    os.rename(device, device + ".away")
+    try:
+        p.says("allow", "p", f"device={device}")
+        assert f"p may use {device}, which is not there" in p.says("p", device, code=125)
+    finally:
+        os.rename(device + ".away", device)
+
+
+def test_what_is_kept_is_in_the_configuration_and_what_is_not_ends_when_it_is_read(p, tmp_path):
+    p.says("allow", "p", "write=out")
+    p.says("allow", "--persist", "p", "network=host")
+    kept = tomllib.loads((p.daemon.place / "pocketd.conf.d/90-p.conf").read_text())
+    allow = {"network": "host", "models": [], "write": ["out"], "devices": []}
+    assert kept == {"pocket": {"p": {"allow": allow, "mounts": []}}}
+    p.says("allow", "p", f"mount={tmp_path}/beside")
+    p.says("reload")
+    inspected = json.loads(p.says("inspect", "--json", "p"))["definition"]
+    assert inspected["allow"]["network"] == "host" and inspected["allow"]["write"] == ["out"]
+    assert inspected["mounts"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("p", "everything"), "is no right; rights are network=host"),
+        (("p", "network"), "write network=host"),
+        (("p", "network=hots"), "did you mean"),
+        (("p", "write=../up"), "beneath the pocket's directory"),
+        (("p", "mount=/etc:/etc:rw"), "part of the system"),
+        (("p", "device=/dev/mem"), "all of the host"),
+        (("p", "model=none"), "has no model 'none'"),
+        (("q", "network=host"), "there is no pocket 'q'"),
+        (("plain", "network=host"), "there is no pocket 'plain'"),
+    ],
+)
+def test_a_wrong_right_is_refused_and_changes_nothing(p, words, said):
+    before = p.says("inspect", "p")
+    assert said in p.says("allow", *words, "write=out", code=127 if "no pocket" in said or "no model" in said else 125)
+    assert p.says("inspect", "p") == before
+
+
+def test_taking_what_was_not_given_is_an_error(p):
+    assert "not allowed write=out" in p.says("deny", "p", "write=out", code=127)
+
+
+@pytest.mark.parametrize(
+    ("program", "right"),
+    [
+        ("import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)", "network=host"),
+        ("import urllib.request; urllib.request.urlopen('http://example.invalid')", "network=host"),
+        ("open('out/x', 'w')", "write=out/x"),
+        ("open('/pocket/x', 'w')", "write=x"),
+        ("open('/dev/video9', 'rb')", "device=/dev/video9"),
+    ],
+)
+def test_a_program_that_fails_for_want_of_a_right_says_which_in_its_last_line(p, program, right):
+    (p.place / "out").mkdir()
+    (p.place / "app.py").write_text(program)
+    done = p.daemon.pocket("p", check=False, cwd=p.place)
+    *traceback, last = done.stderr.splitlines()
+    assert done.returncode == 1 and "Error" in traceback[-1]
+    assert last.startswith("pocket: ") and last.endswith(f"as root: pocket allow p {right}")
+
+
+def test_other_failures_have_no_such_line(p):
+    (p.place / "app.py").write_text("open('nowhere')")
+    assert p.daemon.pocket("p", check=False, cwd=p.place).stderr.splitlines()[-1].startswith("FileNotFoundError")
+
+
+def test_the_kernels_word_on_a_worker(p, begun):
+    (p.place / "app.py").write_text("import sys; print('ready', flush=True); sys.stdin.read()")
+    begun(p.daemon.command("p"), env=p.daemon.environment, stdin=subprocess.PIPE)
+    (worker,) = json.loads(p.says("inspect", "--privileges", "--json", "p"))["workers"]
+    (status,) = worker["status"]
+    assert {status[key] for key in status if key.startswith("Cap")} == {"0000000000000000"}
+    assert (status["NoNewPrivs"], status["Seccomp"], status["Groups"], status["threads"]) == ("1", "2", "", 1)
+    uid = status["Uid"].split()[0]
+    assert worker["uid_map"][0].split() == [uid, uid, "1"] and int(uid) > 0
+    assert not set(worker["shared"]) & {"cgroup", "ipc", "mnt", "net", "pid", "user", "uts"}
+    assert sorted(worker["descriptors"]) == ["0", "1", "2"]
+    assert any(" /sys/firmware " in line for line in worker["mountinfo"]) == os.path.isdir("/sys/firmware")
+    text = p.says("inspect", "--privileges", "p")
+    assert "CapBnd          0000000000000000" in text and "Max open files" in text
+    assert "no worker of 'q'" in p.says("inspect", "--privileges", "q", code=127)
+
+
+# -- who may log in
+
+
+def by(daemon, user, *words, cgroup=None):
+    """`pocket` as another user, who may connect as one of the group `pocket` may, perhaps from a cgroup."""
+
+    def enter():
+        if cgroup:
+            (cgroup / "cgroup.procs").write_text("0")
+
+    options = {"capture_output": True, "text": True, "timeout": TIMEOUT, "cwd": "/", "env": daemon.environment}
+    (daemon.runtime_dir / "pocketd.sock").chmod(0o666)
+    for above in (daemon.place, *daemon.place.parents):
+        if above.stat().st_mode & 0o5 != 0o5:
+            above.chmod(0o755)
+    as_user = ["setpriv", f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--clear-groups", "--"]
+    return subprocess.run([*as_user, *daemon.command(*words)], preexec_fn=enter, **options)
+
+
+def test_who_may_run_ad_hoc_in_a_service(own_pocketd):
+    daemon = own_pocketd(f"""
+        [service.plain]
+        runtime = "python"
+        may_run = ["nobody"]
+        env = {toml_table(service_environment())}
+    """)
+    words = ("run", "--service", "plain", "--dir", "/var/lib/dpkg", "-c", "print(1)")
+    done = by(daemon, "nobody", *words)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    refused = by(daemon, "daemon", *words)
+    assert refused.returncode == 125 and "its `may_run` does not name you" in refused.stderr
+
+
+@pytest.fixture
+def cgroup():
+    base = MOUNT / f"may-run-{os.getpid()}"
+    (base / "beneath").mkdir(parents=True)
+    yield base
+    (base / "beneath").rmdir()
+    base.rmdir()
+
+
+def test_a_pocket_for_whoever_stands_in_a_cgroup(own_pocketd, tmp_path, cgroup):
+    """A container's or a unit's identity, by the kernel's word: what the caller says does not count."""
+    place = tmp_path / "app"
+    place.mkdir()
+    (place / "app.py").write_text("print('run')")
+    path = "/" + str(cgroup.relative_to(MOUNT))
+    daemon = own_pocketd(f"""
+        [service.plain]
+        runtime = "python"
+        env = {toml_table(service_environment())}
+
+        [pocket.p]
+        service = "plain"
+        dir = "{place}"
+        program = "app.py"
+        may_run = ["cgroup:{path}"]
+    """)
+    assert by(daemon, "daemon", "p", cgroup=cgroup).stdout == "run\n"
+    assert by(daemon, "daemon", "p", cgroup=cgroup / "beneath").stdout == "run\n"
+    refused = by(daemon, "daemon", "p")
+    assert refused.returncode == 125 and "you may not run p" in refused.stderr
