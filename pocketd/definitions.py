@@ -127,6 +127,7 @@ class Pocket:
     run_as: User | None = None  # None: an id of its own
     allow: Allow = Allow()
     mounts: tuple[Mount, ...] = ()
+    cold: bool = False  # a fresh interpreter for each run: no page, address layout or hash seed shared with others
     # Read, and not acted on by this version: they make launches sooner and change nothing else.
     warm: int = 0
     checkpoint: str | None = None

@@ -55,6 +55,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
     with ExitStack() as stack:
         given = _take(request, fds, stack)
         service, definition = await daemon.resolve(wire.field(request, "name", str, None), peer)
+        if definition and definition.cold and mode == "client":
+            raise Error("cold", f"{definition.name} has cold = true: there is nothing warm that a client could call")
         known = service.find(identity)
         if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
             return _reply(*known)
@@ -274,6 +276,7 @@ def _orders(generation: Generation, plan: Plan, mode: str, files: list[tuple[int
         "pids_max": plan.limits.get("pids.max"),
         "devices": _devices(plan),
         "defined": plan.definition is not None,
+        "cold": bool(plan.definition and plan.definition.cold),
     }
     return memory.sealed(wire.pack(orders), "orders")
 

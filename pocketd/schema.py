@@ -174,6 +174,12 @@ def count(value: object) -> int:
     return value
 
 
+def yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Invalid("is not true or false")
+    return value
+
+
 def number(least: float, most: float, unit: str) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
@@ -424,6 +430,7 @@ def pocket(name: str, reader: Reader, refusals: Refusals, path: Path | None) -> 
             devices=allow.take("devices", several(device, 'devices = ["/dev/video0"]'), ()),
         ),
         mounts=reader.take("mounts", several(mount, 'mounts = ["/srv/data:/data:rw"]'), ()),
+        cold=reader.take("cold", yes_or_no, False),
         warm=reader.take("warm", count, 0),
         checkpoint=reader.take("checkpoint", text, None),
         rehearse=reader.take("rehearse", several(text, 'rehearse = ["sample.jpg"]'), ()),

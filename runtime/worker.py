@@ -54,7 +54,7 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         sock = take_listening(start, given, sock, template.reopen)
         take_stdio(start, given, output)
         interpreter.adopt(start)
-        difference = cold.reason(template.runtime, template.begin, start)
+        difference = "" if message.get("cold") else cold.reason(template.runtime, template.begin, start)
         if difference is not None:
             sock.close()
             cold.run(template.begin, start, difference)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cgroup.hierarchy import Hierarchy
+from pocketd.client import errors, login
 from tests.conftest import TIMEOUT, service_environment, toml_table
 
 with Hierarchy.find() as _hierarchy:
@@ -269,3 +270,15 @@ def test_a_pocket_for_whoever_stands_in_a_cgroup(own_pocketd, tmp_path, cgroup):
     assert by(daemon, "daemon", "p", cgroup=cgroup / "beneath").stdout == "run\n"
     refused = by(daemon, "daemon", "p")
     assert refused.returncode == 125 and "you may not run p" in refused.stderr
+
+
+def test_a_pocket_that_shares_nothing(p):
+    """cold = true: neither the template's hash seed nor its address layout, which all its forks have."""
+    (p.place / "app.py").write_text("print(hash('x'), id(type))")
+    assert p.tries() == p.tries()
+    with p.daemon.config.open("a") as file:
+        file.write("cold = true\n")
+    p.says("reload")
+    assert p.tries() != p.tries()
+    with pytest.raises(errors.PocketError, match="cold = true"):
+        login("p", runtime_dir=str(p.daemon.runtime_dir), timeout=TIMEOUT)
