@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _MODES = ("program", "client")
+_DEFAULTS = {"pids.max": "4096"}  # of a pocket that says nothing of it: a fork bomb stays within it
 _TMP = 1 << 30  # bytes, at most, of a worker's /tmp, home and /dev/shm each: charged to its pocket as it writes
 
 
@@ -215,8 +216,8 @@ def make_leaf(generation: Generation, plan: Plan, identity: str) -> Cgroup:
     path = f"pockets/{plan.name}"
     with Cgroup("pockets", generation.tree) as pockets, pockets.create(plan.name, exist_ok=True) as pocket:
         try:
-            pocket.enable(CONTROLLERS)
-            pocket.apply(plan.limits)
+            enabled = pocket.enable(CONTROLLERS)
+            pocket.apply({**(_DEFAULTS if "pids" in enabled else {}), **plan.limits})
             pocket.create(identity).close()
         except (LimitError, OSError) as e:
             if not pocket.names():  # made for this session, which will not be

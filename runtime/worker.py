@@ -114,7 +114,7 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
     masks.apply()
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
-    m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=256")
     if home and not os.path.isdir(home):
         m.make_room(home, made)
         os.makedirs(home)
