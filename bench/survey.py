@@ -22,6 +22,11 @@ PROBED = (
     "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/sys", "/proc/sysrq-trigger", "/proc/timer_list",
     "/sys/dev/block", "/sys/firmware", "/sys/fs/cgroup", "/sys/fs/selinux", "/sys/kernel/security",
 )  # fmt: skip
+PLACES = (
+    "/", "/dev", "/dev/mqueue", "/dev/shm", "/etc", "/home", "/mnt", "/opt", "/pocket", "/proc", "/root", "/run",
+    "/run/lock", "/srv", "/sys", "/sys/fs/cgroup", "/tmp", "/usr", "/usr/local", "/usr/local/lib", "/var", "/var/lib",
+    "/var/tmp",
+)  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -47,7 +52,7 @@ def call(number):
 
 def status():
     with open("/proc/self/status") as file:
-        found = dict(line.rstrip().split(":\t", 1) for line in file if ":\t" in line)
+        found = dict(line.split(":\t", 1) for line in file if ":\t" in line)
     keys = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
     return {key: found.get(key, "").strip() for key in keys}
 
@@ -86,17 +91,8 @@ def writes(directory):
 
 
 def writable_places():
-    """The topmost directories in which a file can be made, and how many files of /proc/sys can be written."""
-    places = []
-    for top, directories, _ in os.walk("/"):
-        if top in ("/proc", "/sys/devices"):
-            directories[:] = []
-            continue
-        if top.count("/") > 4:
-            directories[:] = []
-        if os.access(top, os.W_OK) and writes(top):
-            places.append(top)
-            directories[:] = []
+    """The usual directories in which a file can be made, and how many files of /proc/sys can be written."""
+    places = [place for place in PLACES if writes(place)]
     sysctls = 0
     for top, _, files in os.walk("/proc/sys"):
         for name in files:
@@ -122,9 +118,11 @@ def sockets():
                         break
                     except OSError:
                         pass
-    with open("/proc/net/unix") as file:
-        names = [line.split()[-1] for line in file if line.split()[-1].startswith("@")]
-    return found, len(names)
+    try:
+        with open("/proc/self/net/unix") as file:
+            return found, sum(line.split()[-1].startswith("@") for line in file)
+    except OSError as e:
+        return found, e.strerror
 
 
 def setuid_programs():
