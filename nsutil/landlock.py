@@ -41,12 +41,13 @@ def abi() -> int:
         return 0
 
 
-def restrict(version: int, writable: Iterable[str], usable: Iterable[str]) -> None:
+def restrict(writable: Iterable[str], usable: Iterable[str]) -> None:
     """Let this thread change nothing but what is beneath `writable`, and write to what is there beneath `usable`.
 
     With ABI 6 also: signal no process, and connect to no abstract socket, outside of what it starts from now on.
-    `version` is `abi()`, at least 1. Reading stays as it is. Needs no_new_privs. Raises OSError.
+    Reading stays as it is. Needs no_new_privs, and `abi()` of at least 1. Raises OSError.
     """
+    version = abi()
     known = CHANGE & ~sum(right for right, since in _SINCE.items() if since > version)
     scopes = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if version >= _SCOPED else 0
     head = struct.pack("QQQ", known, 0, scopes)[: 24 if scopes else 8]  # struct landlock_ruleset_attr

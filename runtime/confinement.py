@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Iterable, List, Sequence, Tuple
+from typing import Callable, Iterable, List, Sequence, Tuple
 
 from nsutil import landlock, mounts, namespaces, privileges, seccomp
 from pocketd.wire import Message
@@ -46,20 +46,32 @@ def _there(path: str) -> bool:
 
 def confine(message: Message, filters: Sequence[bytes]) -> None:
     """Give up everything. `message`: the worker's orders."""
-    oom(0)  # before the change of uid, after which the file is root's
-    limit()
-    privileges.new_session_keyring()
-    privileges.no_new_privileges()
-    privileges.leave_groups()
-    privileges.become(message["uid"], message["gid"], keep=True)
-    if namespaces.own_user(message["uid"], message["gid"]):
-        privileges.drop_bounding_set()  # full again in a new user namespace
-    privileges.drop_capabilities()
-    privileges.dumpable(False)  # until app code starts
-    version = landlock.abi()
-    if version:
-        landlock.restrict(version, *places(message))
-    seccomp.install(filters)
+    for _, step in steps(message, filters):
+        step()
+
+
+def steps(message: Message, filters: Sequence[bytes]) -> Tuple[Tuple[str, Callable[[], object]], ...]:
+    """Each step with its name, in the one order that works."""
+    uid, gid = message["uid"], message["gid"]
+    return (
+        ("oom_score_adj", lambda: oom(0)),  # before the change of uid, after which the file is root's
+        ("limits", limit),
+        ("keyring", privileges.new_session_keyring),
+        ("no_new_privs", privileges.no_new_privileges),
+        ("groups", privileges.leave_groups),
+        ("ids", lambda: privileges.become(uid, gid, keep=True)),
+        ("user namespace", lambda: alone(uid, gid)),
+        ("capabilities", privileges.drop_capabilities),
+        ("dumpable", lambda: privileges.dumpable(False)),  # until app code starts
+        ("Landlock", lambda: landlock.restrict(*places(message)) if landlock.abi() else None),
+        ("seccomp", lambda: seccomp.install(filters)),
+    )
+
+
+def alone(uid: int, gid: int) -> None:
+    """A user namespace without other ids, where there can be one."""
+    if namespaces.own_user(uid, gid):
+        privileges.drop_bounding_set()  # full again in a new one
 
 
 def places(message: Message) -> Tuple[List[str], Iterable[str]]:
