@@ -112,8 +112,8 @@ _CONTROL = socket.CMSG_SPACE(MAX_FDS * 4)
 _NONE = Fds()
 
 
-def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
-    """Receive one message: its body and its descriptors.
+def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple[bytes, Fds]:
+    """Receive one message: its body, of at most `limit` bytes, and its descriptors.
 
     Raises EOFError when the peer has closed, MessageError for what is not a message, OSError.
     """
@@ -123,7 +123,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
         # A peer that closed without having read all makes this error come once, ahead of what it had sent before
         # (unix(7) is silent; __skb_try_recv_datagram looks at sk_err first). Its last words matter most.
         data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | _CLOEXEC)
-    if not ancillary and not got & (_TRUNCATED | _CONTROL_TRUNCATED) and data[:1] == _INLINE:
+    if not ancillary and not got & (_TRUNCATED | _CONTROL_TRUNCATED) and data[:1] == _INLINE and len(data) <= limit:
         return data[1:], _NONE
     fds = Fds(fd for level, kind, block in ancillary for fd in _descriptors(level, kind, block))
     try:
@@ -135,6 +135,8 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
             raise MessageError(f"a datagram of more than {MAX_INLINE + 1} bytes")
         if not data:
             raise EOFError("the peer closed its socket")
+        if data[:1] == _INLINE and len(data) > limit + 1:
+            raise MessageError(f"a message of {len(data) - 1} bytes; at most {limit} are accepted")
         if data[:1] == _INLINE:
             return data[1:], fds
         if data != _MEMFD or not len(fds):
@@ -142,7 +144,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, Fds]:
         *others, last = fds.rest()
         fds = Fds(others)
         try:
-            return memory.read_sealed(last, MAX_BODY), fds
+            return memory.read_sealed(last, limit), fds
         finally:
             os.close(last)
     except memory.SealError as e:

@@ -1,6 +1,9 @@
 """The control socket: who connects, what they may ask, one answer to each request.
 
-A peer that sends what is no message loses its connection, and nobody else notices.
+A peer that sends what is no message loses its connection, and nobody else notices. Nor does anybody notice one that
+asks much: its uid has a share of the connections and of the requests in a second, one request is read in its turn, and
+what it sends beyond that waits in its own socket. A connection may stay as long as a request of its is answered (a
+login that waits for memory); one that says nothing ends.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
-from nsutil.messages import Fds, MessageError, short_name
+from nsutil.messages import DescriptorsLost, Fds, MessageError, short_name
 from pocketd import events, launch, observe, rights, tuning, wire, witness
 from pocketd.definitions import describe
 from pocketd.link import Link
@@ -23,21 +27,103 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
 CONNECTIONS = 512  # at once; the listening queue holds those beyond
+RESERVED = 64  # of them for root alone
+SHARE = 128  # of them for one other uid
+RATE, BURST = 200.0, 200  # requests in a second of one uid but root's, and how many of them at once
+SILENCE = 60.0  # seconds without a request, since it connected or was answered last
 REST = 0.2  # seconds
-_PENDING = 16  # requests of one connection at once
+_PENDING = 4  # requests of one connection at once
+_ACCEPTED = 64  # in one turn
+
+
+class Share:
+    """What the callers of one uid have of pocketd."""
+
+    def __init__(self, uid: int):
+        self.uid = uid
+        self.connections = 0
+        self._due = 0.0  # when all that was asked would have been asked at RATE
+
+    def full(self) -> bool:
+        return self.uid != 0 and self.connections >= SHARE
+
+    def wait(self) -> float:
+        """How many seconds the next request has to wait."""
+        return max(0.0, self._due - time.monotonic() - BURST / RATE) if self.uid else 0.0
+
+    def count(self) -> None:
+        """A request has come."""
+        self._due = max(self._due, time.monotonic()) + 1 / RATE
+
+    def over(self) -> bool:
+        return not self.connections and self._due <= time.monotonic()
+
+
+class RequestLink(Link):
+    """A link to a peer that is not trusted: one request of bounded size in its turn, and none while it is paused.
+
+    What a peer sends meanwhile waits in its own socket, which blocks it in the end. That it has gone is seen later too.
+    """
+
+    paused = False
+
+    def _readable(self) -> None:
+        if self.sock is None or self.paused:
+            return
+        try:
+            message, fds = wire.receive(self.sock, bounds=wire.REQUEST)
+        except BlockingIOError:
+            return
+        except (EOFError, OSError, MessageError) as e:
+            if isinstance(e, DescriptorsLost):  # the peer did nothing wrong, and should know
+                self.tell(Error("full", f"pocketd: {e}"))
+            self.close(str(e))
+            return
+        self._handle(message, fds)
+
+    def pause(self) -> None:
+        if self.sock is not None and not self.paused:
+            self.paused = True
+            asyncio.get_running_loop().remove_reader(self.sock)
+
+    def resume(self) -> None:
+        if self.sock is not None and self.paused:
+            self.paused = False
+            asyncio.get_running_loop().add_reader(self.sock, self._readable)
+
+    def tell(self, error: Error) -> None:
+        """An error that answers no request, if the peer has room for it."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                wire.send(self.sock, {"id": None, "error": error.wire()}, flags=socket.MSG_DONTWAIT)
 
 
 class Connection:
     """One client of the control socket, known by the kernel's word."""
 
-    def __init__(self, daemon: Daemon, sock: socket.socket, peer: processes.Peer, gone: Callable[[Connection], None]):
+    def __init__(
+        self,
+        daemon: Daemon,
+        sock: socket.socket,
+        peer: processes.Peer,
+        share: Share,
+        gone: Callable[[Connection], None],
+    ):
         self.daemon = daemon
         self.peer = peer
+        self._share = share
         self._gone = gone
         self._tasks: set[asyncio.Task[None]] = set()
-        self.link = Link(sock, self._handle, self._closed)
+        self._rest: asyncio.TimerHandle | None = None  # until its share lets it ask again
+        self._silence: asyncio.TimerHandle | None = None
+        share.connections += 1
+        self.link = RequestLink(sock, self._handle, self._closed)
+        self._next()
 
     def _closed(self, reason: str) -> None:
+        for timer in (self._rest, self._silence):
+            if timer:
+                timer.cancel()
         if not self._tasks:
             self._release()
 
@@ -45,24 +131,51 @@ class Connection:
         if self.peer.pidfd >= 0:
             os.close(self.peer.pidfd)
             self.peer = processes.Peer(self.peer.pid, self.peer.uid, self.peer.gid, -1)
+            self._share.connections -= 1
             self._gone(self)
 
+    def _next(self) -> None:
+        """Hear the next request, unless it has to wait."""
+        wait = self._share.wait()
+        if wait and not self._rest:
+            self._rest = asyncio.get_running_loop().call_later(wait, self._rested)
+        if not self._rest and len(self._tasks) < _PENDING:
+            self.link.resume()
+        else:
+            self.link.pause()
+        if self._silence:
+            self._silence.cancel()
+            self._silence = None
+        if not self._tasks:
+            self._silence = asyncio.get_running_loop().call_later(SILENCE, self._silent)
+
+    def _silent(self) -> None:
+        self.link.tell(Error("idle", f"pocketd ends connections without a request for {SILENCE:g} s; connect again"))
+        self.link.close("no request")
+
+    def _rested(self) -> None:
+        self._rest = None
+        self._next()
+
     def _handle(self, message: Message, fds: Fds) -> None:
-        if len(self._tasks) >= _PENDING:
-            fds.close()
-            self.link.close("too many requests at once")
-            return
+        self._share.count()
         task = asyncio.ensure_future(self._answer(message, fds))
         self._tasks.add(task)
         task.add_done_callback(self._answered)
+        self._next()
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if self.link.sock is None and not self._tasks:
+        if self.link.sock is not None:
+            self._next()
+        elif not self._tasks:
             self._release()
 
     async def _answer(self, message: Message, fds: Fds) -> None:
         number = message.get("id")
+        op = message.get("op")
+        if op != "login":
+            fds.close()  # nothing else takes any, and some operations last
         reports: list[asyncio.Task[None]] = []
 
         def progress(text: str) -> None:
@@ -70,9 +183,14 @@ class Connection:
 
         with fds:
             try:
-                operation = OPERATIONS.get(str(message.get("op")))
+                operation = OPERATIONS.get(op) if isinstance(op, str) else None
                 if operation is None:
-                    raise Error("bad-request", f"there is no operation {message.get('op')!r}")
+                    raise Error("bad-request", f"there is no operation {str(op)[:40]!r}")
+                if type(number) is not int:
+                    raise Error("bad-request", "a request has a number as its id")
+                name = message.get("name")
+                if isinstance(name, str):
+                    self.daemon.check_known(name, self.peer)
                 result = await operation(self, message, fds, progress)
                 reply: Message = {"id": number, "ok": True, **result}
             except Error as e:
@@ -80,13 +198,21 @@ class Connection:
             except MessageError as e:
                 reply = {"id": number, "error": Error("bad-request", str(e)).wire()}
             except (OSError, ConnectionError, TimeoutError) as e:
-                reply = {"id": number, "error": Error("kernel", f"{type(e).__name__}: {e}").wire()}
+                reply = {"id": number, "error": self._told("kernel", op, e).wire()}
             except Exception as e:  # a fault of ours ends this request, not the daemon
-                events.emit("fault", "error", operation=str(message.get("op")), why=f"{type(e).__name__}: {e}")
-                reply = {"id": number, "error": Error("internal", f"{type(e).__name__}: {e}").wire()}
+                reply = {"id": number, "error": self._told("internal", op, e).wire()}
         for report in reports:
             await report
         await self._say(reply)
+
+    def _told(self, code: str, op: object, e: Exception) -> Error:
+        """An error nobody wrote words for. What it names may be another's, so the journal and root alone get that."""
+        text = f"{type(e).__name__}: {e}"
+        events.emit("fault", "error" if code == "internal" else "notice", operation=str(op)[:40], why=text)
+        if self.peer.uid:
+            said = e.strerror if isinstance(e, OSError) else None
+            text = f"{type(e).__name__}{f': {said}' if said else ''}; pocketd's journal has more of it"
+        return Error(code, text)
 
     async def _say(self, message: Message) -> None:
         try:
@@ -172,7 +298,8 @@ async def _privileges(c: Connection, message: Message, fds: Fds, progress: Calla
 
 
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
-    return observe.ps(c.daemon, c.peer)
+    shown = observe.ps(c.daemon, c.peer)
+    return {**shown, "pockets": [row for row in shown["pockets"] if c.daemon.knows(row["name"], c.peer)]}
 
 
 async def _logs(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
@@ -209,7 +336,9 @@ class Control:
         self.daemon = daemon
         self.path = path if given is None else None
         self.connections: set[Any] = set()
+        self._shares: dict[int, Share] = {}
         self._resting: asyncio.TimerHandle | None = None
+        self._quiet = 0.0
         self.sock = given or self._bind(path, group)
         self.sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self.sock, self._accept)
@@ -228,24 +357,44 @@ class Control:
         return sock
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self.sock.accept()
-        except BlockingIOError:
-            return
-        except OSError as e:
-            self._rest(e)
-            return
+        for _ in range(_ACCEPTED):
+            try:
+                sock, _ = self.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as e:
+                self._rest(e)
+                return
+            self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
         try:
             peer = processes.peer(sock)
         except (processes.Gone, OSError) as e:
             _refuse(sock, Error("kernel", f"pocketd cannot see who calls: {e}"))
             return
-        if len(self.connections) >= CONNECTIONS:
-            events.emit("too-many-connections", "warning", limit=CONNECTIONS)
+        share = self._share(peer.uid)
+        limit = CONNECTIONS if peer.uid == 0 else CONNECTIONS - RESERVED
+        if share.full() or len(self.connections) >= limit:
+            why = f"you have {SHARE}" if share.full() else f"pocketd has {limit}"
+            self._complain(peer.uid, share.connections)
             os.close(peer.pidfd)
-            _refuse(sock, Error("full", f"pocketd has {CONNECTIONS} connections already; try again later"))
+            _refuse(sock, Error("full", f"{why} connections already; try again later"))
             return
-        self.connections.add(Connection(self.daemon, sock, peer, self.connections.discard))
+        self.connections.add(Connection(self.daemon, sock, peer, share, self.connections.discard))
+
+    def _share(self, uid: int) -> Share:
+        if uid not in self._shares:
+            self._shares = {known: share for known, share in self._shares.items() if not share.over()}
+            self._shares[uid] = Share(uid)
+        return self._shares[uid]
+
+    def _complain(self, uid: int, connections: int) -> None:
+        """Once in a while: a caller that is refused can come back at once, and shall not fill the journal."""
+        now = time.monotonic()
+        if now >= self._quiet:
+            self._quiet = now + 10.0
+            events.emit("too-many-connections", "warning", limit=CONNECTIONS, uid=uid, of_uid=connections)
 
     def _rest(self, e: OSError) -> None:
         """accept(2) failed, for want of descriptors or memory: callers wait in its queue; the loop does not spin."""

@@ -142,6 +142,27 @@ class Daemon:
     def _names(self) -> str:
         return ", ".join(sorted(self.services)) or "none"
 
+    def knows(self, name: str, peer: processes.Peer) -> bool:
+        """Whether the caller may hear of `name`: any service, its own sessions and their pockets, what it may run.
+
+        Whoever may run a pocket that has become invalid hears why (`service`).
+        """
+        pocket = self.config.pockets.get(name) or self.last_right.get(name)
+        if peer.uid == 0 or name in self.services or (pocket and permissions.named(pocket.may_run, peer)):
+            return True
+        return any(name in (s.pocket, s.id) and peer.uid == s.note.get("uid") for _, s in self.sessions())
+
+    def check_known(self, name: str, peer: processes.Peer) -> None:
+        """Raise Error unless the caller knows of `name`. The words are the same whether there is none of that name or
+        it is another's: otherwise anybody could find out by asking which pockets and sessions there are."""
+        if self.knows(name, peer):
+            return
+        raise Error(
+            "forbidden",
+            f"you may not run {name[:80]}: there is no service or pocket of that name, or its `may_run` names neither "
+            "you nor a group of yours",
+        )
+
     async def resolve(self, name: str | None, peer: processes.Peer) -> tuple[RunningService, Pocket | None]:
         """The service, and the pocket's definition if `name` has one, that a login is for."""
         if name is None:

@@ -11,7 +11,7 @@ Used by the daemon, the client library and what runs inside services: standard l
 from __future__ import annotations
 
 import socket
-from typing import Any, Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import msgpack
 
@@ -25,6 +25,24 @@ VERSION = 1
 OLDEST = 1
 
 Message = Dict[str, Any]
+
+
+class Bounds(NamedTuple):
+    """What is taken from a peer that is not trusted: bytes of a body, how deep it may be nested, how much it may hold.
+
+    Sixteen megabytes of empty maps unpack to a gigabyte, so who serves more than one peer takes small messages alone.
+    Without bounds a body has messages.MAX_BODY bytes and msgpack's own depth (1024 or less), whose cost is the
+    receiver's alone: a worker's or a client's.
+    """
+
+    body: int
+    depth: int
+    items: int
+
+
+# To pocketd, the longest being a login with two dozen mounts; and on a hold socket, to an init.
+REQUEST = Bounds(128 * 1024, 8, 1000)
+SIGNAL = Bounds(1024, 4, 32)
 
 
 class Error(Exception):
@@ -46,7 +64,8 @@ class Error(Exception):
         detail = value.get("detail")
         detail = {k: v for k, v in detail.items() if isinstance(k, str)} if isinstance(detail, dict) else {}
         detail.pop("code", None), detail.pop("message", None)
-        return cls(str(value.get("code", "unknown")), str(value.get("message", "")), **detail)
+        code, message = value.get("code"), value.get("message")
+        return cls(code if isinstance(code, str) else "unknown", message if isinstance(message, str) else "", **detail)
 
 
 def pack(message: Message) -> bytes:
@@ -54,18 +73,36 @@ def pack(message: Message) -> bytes:
     return packed
 
 
-def unpack(body: bytes) -> Message:
-    """The message in `body`. Raises MessageError when it is none, or of a version that is not spoken here."""
+def unpack(body: bytes, bounds: Optional[Bounds] = None) -> Message:
+    """The message in `body`. Raises MessageError when it is none, is too much, or of a version not spoken here."""
     try:
         message = msgpack.unpackb(body, raw=False, strict_map_key=True, max_ext_len=0, unicode_errors="surrogateescape")
     except Exception as e:  # msgpack raises ValueError, its own types, and RecursionError in its Python form
         raise MessageError(f"not msgpack: {type(e).__name__}: {e}") from None
     if not isinstance(message, dict) or not all(isinstance(k, str) for k in message):
         raise MessageError("not a map with string keys")
+    if bounds and not _within(message, bounds):
+        raise MessageError(f"nested more than {bounds.depth} deep, or of more than {bounds.items} items")
     version = message.get("v")
-    if not isinstance(version, int) or not OLDEST <= version <= VERSION:
-        raise MessageError(f"version {version!r} of the protocol; this side understands {OLDEST} to {VERSION}")
+    if type(version) is not int:
+        raise MessageError("no version of the protocol")
+    if not OLDEST <= version <= VERSION:
+        raise MessageError(f"version {version} of the protocol; this side understands {OLDEST} to {VERSION}")
     return message
+
+
+def _within(message: Message, bounds: Bounds) -> bool:
+    level: List[Any] = [message]
+    items = 0
+    for _ in range(bounds.depth):
+        items += sum(map(len, level))
+        if items > bounds.items:
+            return False
+        inner = [value.values() if type(value) is dict else value for value in level]
+        level = [value for values in inner for value in values if type(value) in (dict, list)]
+        if not level:
+            return True
+    return False
 
 
 def send(sock: socket.socket, message: Message, fds: Iterable[int] = (), flags: int = 0) -> None:
@@ -73,11 +110,11 @@ def send(sock: socket.socket, message: Message, fds: Iterable[int] = (), flags: 
     messages.send(sock, pack(message), fds, flags)
 
 
-def receive(sock: socket.socket, flags: int = 0) -> Tuple[Message, Fds]:
+def receive(sock: socket.socket, flags: int = 0, bounds: Optional[Bounds] = None) -> Tuple[Message, Fds]:
     """Receive one message and its descriptors, which the caller owns. Raises EOFError, MessageError, OSError."""
-    body, fds = messages.receive(sock, flags)
+    body, fds = messages.receive(sock, flags, bounds.body if bounds else messages.MAX_BODY)
     try:
-        return unpack(body), fds
+        return unpack(body, bounds), fds
     except BaseException:
         fds.close()
         raise

@@ -360,7 +360,12 @@ class Init:
         if not t or not t.ready:
             raise Error("no-template", f"template {message['template']} is not ready")
         leaf, session_fd, hold_fd, orders = fds.take(), fds.take(), fds.take(), fds.take()
-        hold = socket.socket(fileno=hold_fd)
+        try:
+            hold = hold_socket(hold_fd)
+        except Error:
+            for fd in (leaf, session_fd, hold_fd, orders):
+                os.close(fd)
+            raise
         try:
             pause = self.take_pause()
         except OSError:
@@ -436,7 +441,7 @@ class Init:
     def hear_caller(self, s: Session) -> None:
         assert s.hold
         try:
-            message, fds = wire.receive(s.hold, socket.MSG_DONTWAIT)
+            message, fds = wire.receive(s.hold, socket.MSG_DONTWAIT, wire.SIGNAL)
             fds.close()
         except BlockingIOError:
             return
@@ -561,6 +566,19 @@ class Init:
         while len(self.ended) > 1000:
             self.ended.pop(next(iter(self.ended)))
         self.tell({"op": "session-ended", **ended})
+
+
+def hold_socket(fd: int) -> socket.socket:
+    """The socket that `fd` is, which it takes over. Raises Error, `fd` still the caller's, where it is another kind's:
+    such may be readable for ever and never read (ip(7), IP_RECVERR), and this loop would serve nobody else."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        raise Error("bad-request", "the hold socket is no socket") from None
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        sock.detach()
+        raise Error("bad-request", "the hold socket is not a unix socket of type SOCK_SEQPACKET")
+    return sock
 
 
 def _credentials(sock: socket.socket) -> Any:
