@@ -1,6 +1,7 @@
 # make run    set everything up, then the main job: one real app four ways, with the difference in numbers
 # make test   set everything up, then lint and every test, here and in a VM with systemd and all of cgroup v2
 # make test-vm  the VM's part of it; python -m tests.vm runs one file, or one command, in a VM
+# make fuzz   a million inputs and more, from a new seed, to all that reads what others wrote; some 25 s
 # make bench  set everything up, then the benchmarks: bench/results/*.json and a plot
 # make lint   ruff and mypy alone
 # make torch  torch's CPU build for the tests that fork it (optional; they skip without it)
@@ -14,7 +15,7 @@ export PYTHON ACCEL CPU
 TESTS ?= tests
 python := .venv/bin/python
 
-.PHONY: run test test-vm bench lint torch install uninstall clean
+.PHONY: run test test-vm fuzz bench lint torch install uninstall clean
 
 run:
 	@deploy/prepare run
@@ -41,6 +42,10 @@ endif
 test-vm:
 	@deploy/prepare vm
 	@$(python) -m tests.vm
+
+fuzz:
+	@deploy/prepare test
+	@$(python) -m tests.fuzz
 
 bench:
 	@deploy/prepare run
