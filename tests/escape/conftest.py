@@ -74,7 +74,7 @@ def daemon(place: Path) -> Iterator[Pocketd]:
         [pocket.writer]
         service = "plain"
         dir = "{place}/writer"
-        program = "write.py"
+        program = "app.py"
         allow = {{ write = ["out", "deep/out"] }}
         """,
     )

@@ -107,11 +107,6 @@ def count_events() -> bool:
     return True
 
 
-def have_secret_memory() -> bool:
-    os.close(call("memfd_secret", 0))
-    return True
-
-
 def unshare(flag: int) -> bool:
     return call("unshare", flag) == 0
 

@@ -1,0 +1,135 @@
+"""Directories that are swapped for links while launches run: nothing is shown or written outside of a pocket's own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TIMEOUT
+from tests.escape.attempt import UID
+
+LAUNCHES = 12
+_EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, RENAME_EXCHANGE
+WRITE = """
+import sys
+for path in ("out/probe", "deep/out/probe"):
+    try:
+        with open(path, "w") as f: f.write("reached")
+    except OSError as e: print(path, e.errno)
+"""
+
+
+@contextmanager
+def swapping(one: Path, other: Path) -> Iterator[list[int]]:
+    """Exchange two names all the time, atomically, so that one of the two is always there."""
+    stop, count = threading.Event(), [0]
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def work() -> None:
+        while not stop.is_set():
+            result = libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
+            assert result == 0, os.strerror(ctypes.get_errno())
+            count[0] += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield count
+    finally:
+        stop.set()
+        thread.join(TIMEOUT)
+
+
+@pytest.fixture
+def outside(place):
+    """What a link would lead to: writable by everybody, and no pocket's."""
+    made = Path(tempfile.mkdtemp(prefix="outside-", dir=place))
+    (made / "out").mkdir()
+    for path in (made, made / "out"):
+        path.chmod(0o777)
+    return made
+
+
+@pytest.mark.parametrize("name", ["out", "deep"])
+def test_a_writable_directory_that_becomes_a_link_leads_nowhere(daemon, place, outside, name):
+    """`allow.write` of a pocket whose author swaps it, or a directory on the way to it."""
+    pocket = place / "writer"
+    (pocket / "app.py").write_text(WRITE)
+    for path in (pocket / "out", pocket / "deep/out"):
+        path.mkdir(parents=True, exist_ok=True)
+    link = pocket / f"link-{name}"
+    link.symlink_to(outside)
+    statuses = []
+    with swapping(pocket / name, link) as count:
+        for _ in range(LAUNCHES):
+            before = count[0]
+            statuses.append(daemon.pocket("writer", check=False).returncode)
+            assert count[0] > before
+    assert [p for p in outside.rglob("*") if p.is_file()] == []
+    assert set(statuses) <= {0, 125}, statuses
+    if (pocket / name).is_symlink():  # as they were
+        os.rename(link, pocket / "spare")
+        os.rename(pocket / name, link)
+        os.rename(pocket / "spare", pocket / name)
+    # As a link for good it is refused in words; without the link it is written.
+    aside = pocket / "aside"
+    (pocket / name).rename(aside)
+    link.rename(pocket / name)
+    done = daemon.pocket("writer", check=False)
+    assert done.returncode == 125 and "Traceback" not in done.stderr
+    assert [p for p in outside.rglob("*") if p.is_file()] == []
+    # The same program where nobody resolves beneath the directory.
+    subprocess.run([sys.executable, "app.py"], cwd=pocket, check=True, capture_output=True, timeout=TIMEOUT)
+    assert [p.read_text() for p in outside.rglob("probe")] == ["reached"]
+    (pocket / name).unlink()
+    aside.rename(pocket / name)
+    assert daemon.pocket("writer").stdout == ""
+    assert (pocket / name / ("probe" if name == "out" else "out/probe")).read_text() == "reached"
+
+
+@pytest.fixture
+def users_place(daemon):
+    """A directory of an unprivileged user's, whom the daemon's socket lets in for once."""
+    socket = daemon.runtime_dir / "pocketd.sock"
+    modes = [(p, p.stat().st_mode) for p in (socket, daemon.place)]
+    socket.chmod(0o666)
+    daemon.place.chmod(0o711)
+    made = Path(tempfile.mkdtemp(prefix="user-", dir=daemon.place.parent))
+    made.chmod(0o755)
+    os.chown(made, UID, UID)
+    yield made
+    for path, mode in modes:
+        path.chmod(mode)
+
+
+def test_a_directory_closed_to_the_caller_is_not_opened_for_it_by_a_swapped_link(daemon, users_place):
+    """By --dir; root's own run of the same reads it."""
+    closed = Path(tempfile.mkdtemp(prefix="closed-", dir=daemon.place.parent))
+    assert closed.stat().st_mode & 0o777 == 0o700
+    (closed / "secret").write_text("of root")
+    own, link = users_place / "own", users_place / "link"
+    own.mkdir()
+    (own / "secret").write_text("of the user")
+    for path in (own, own / "secret"):
+        os.chown(path, UID, UID)
+    link.symlink_to(closed)
+    words = daemon.command("run", "--service", "plain", "--dir", str(link), "-c", "print(open('secret').read())")
+    env = {**daemon.environment, "HOME": "/"}
+    options = {"env": env, "cwd": ROOT, "capture_output": True, "text": True, "timeout": TIMEOUT}
+    as_user = {"user": UID, "group": UID, "extra_groups": []}
+    assert subprocess.run(words, **options).stdout == "of root\n"  # type: ignore[call-overload]
+    assert subprocess.run(words, **options, **as_user).stdout == ""  # type: ignore[call-overload]
+    with swapping(own, link) as count:
+        for _ in range(LAUNCHES):
+            before = count[0]
+            done = subprocess.run(words, **options, **as_user)  # type: ignore[call-overload]
+            assert "of root" not in done.stdout + done.stderr and count[0] > before
