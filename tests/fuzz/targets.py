@@ -143,7 +143,8 @@ def check_values(data: bytes) -> None:
         pass
 
 
-_PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="fuzz-")  # removed with the process
+_PLACE = Path(_TEMPORARY.name)
 _MAIN = b"""
 [service.plain]
 runtime = "python"
@@ -204,7 +205,8 @@ _SERVICE = Service("plain").wire()
 
 
 def check_definition(data: bytes) -> None:
-    """What an init gives back of the definition that it keeps: its own service is lost at worst, by errors of these."""
+    """What an init gives back of the definition that it keeps. pocketd believes it, and catches none of these errors:
+    it is pocketd's own word, from a process of root's; here it is only seen that nothing worse comes of it."""
     try:
         kept = wire.unpack(data).get("kept")
     except MessageError:
