@@ -137,8 +137,7 @@ def have_real_time_io() -> bool:
 
 
 def raise_a_limit(kind: int, most: int) -> bool:
-    resource.setrlimit(kind, (most, most))
-    return True
+    return call("prlimit64", 0, kind, struct.pack("QQ", most, most), 0) == 0
 
 
 def be_spared_by_oom() -> bool:
