@@ -326,7 +326,8 @@ class Generation:
             if self.tree is None:
                 raise Error("service", f"there is no cgroup {self.scope_name}")
             await self._connect()
-        except (OSError, Error, ConnectionError) as e:
+        except (OSError, Error, ConnectionError, ValueError, KeyError, TypeError, AttributeError) as e:
+            # The last four: an init that says nonsense, which pocketd must outlive.
             events.emit("service-not-adopted", "notice", service=self.name, generation=self.number, why=str(e))
             await self.clear()
             return False

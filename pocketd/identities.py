@@ -27,7 +27,7 @@ class Identities:
             try:
                 read = json.loads(path.read_text())
                 self._named = {str(k): int(v) for k, v in read.items() if FIRST <= int(v) < FIRST + _NAMED}
-            except (ValueError, AttributeError) as e:
+            except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as e:
                 raise Error(
                     "state", f"{path} is damaged ({e}); mend it, or remove it if no pocket owns files"
                 ) from None

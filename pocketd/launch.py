@@ -59,6 +59,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         if definition and definition.cold and mode == "client":
             raise Error("cold", f"{definition.name} has cold = true: there is nothing warm that a client could call")
         known = service.find(identity)
+        if known and peer.uid not in (0, known[1].note.get("caller", peer.uid)):
+            raise Error("bad-request", "that session is not yours")
         if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
             return _reply(*known)
         generation = await service.on(progress)
@@ -80,7 +82,7 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             leaf, where = adopt.place(daemon.host.hierarchy, peer, plan.limits, identity)
         else:
             leaf, where = make_leaf(generation, plan, identity), {}
-        note = {**_note(plan, leaf, mode, files), **where}
+        note = {**_note(plan, leaf, mode, files), **where, "caller": peer.uid}
         session = Session(identity, plan.name, note, leaf, 0, time.time())
         generation.sessions[identity] = session
         try:
@@ -105,6 +107,8 @@ def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
     """The descriptors of a request by their roles: session, hold, dir, notify, credentials, any number of mounts."""
     given: dict[str, Any] = {"mount": []}
     for role in wire.field(request, "roles", list):
+        if not isinstance(role, str):
+            raise Error("bad-request", "the roles of a login's descriptors are words")
         fd = fds.take()
         stack.callback(os.close, fd)
         if role == "mount":
