@@ -53,7 +53,7 @@ _WAITING = """
 """
 _TALKING = """
     accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg sendmmsg sendmsg
-    sendto setsockopt shutdown socketpair getrandom
+    sendto setsockopt shutdown getrandom
     mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink
     msgctl msgget msgrcv msgsnd semctl semget semop semtimedop
 """
@@ -143,6 +143,7 @@ def _allow(library: Any, add: _Add) -> None:
     for family in (_AF_UNIX, _AF_INET, _AF_INET6):
         add(library.ALLOW, "socket", (0, _ALL, family))
     add(library.ALLOW, "socket", (0, _ALL, _AF_NETLINK), (2, _ALL, _NETLINK_ROUTE))
+    add(library.ALLOW, "socketpair", (0, _ALL, _AF_UNIX))
     for persona in _PERSONALITIES:
         add(library.ALLOW, "personality", (0, _ALL, persona))
 
@@ -162,3 +163,5 @@ def _forbid(library: Any, add: _Add) -> None:
         add(library.ERRNO(errno.EPERM), "ioctl", (1, _ALL, request))
     for family in set(range(_AF_MAX)) - {_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK}:
         add(library.ERRNO(errno.EAFNOSUPPORT), "socket", (0, _ALL, family))
+    for family in set(range(_AF_MAX)) - {_AF_UNIX}:
+        add(library.ERRNO(errno.EAFNOSUPPORT), "socketpair", (0, _ALL, family))

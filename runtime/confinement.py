@@ -76,7 +76,7 @@ def alone(uid: int, gid: int) -> None:
 
 def places(message: Message) -> Tuple[List[str], Iterable[str]]:
     """What a worker may change, and what it may write to: devices, and the files of its own processes in /proc."""
-    writable = ["/tmp", "/dev/shm"]
+    writable = ["/tmp", "/dev/shm", "/dev/mqueue"]
     if message["home"]:
         writable.append(message["home"])
     for place in message["mounts"]:

@@ -157,6 +157,7 @@ def make_devices(dev: str) -> None:
     os.symlink("pts/ptmx", f"{dev}/ptmx")
     os.mkdir(f"{dev}/shm", 0o1777)
     os.mkdir(f"{dev}/pts")
+    os.mkdir(f"{dev}/mqueue")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 from typing import Any, List, NoReturn, Optional, Sequence
 
 from nsutil import clone, memory, mounts, namespaces, privileges, processes
@@ -114,6 +115,7 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
     masks.apply()
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
+    m.mount("mqueue", "/dev/mqueue", "mqueue", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=256")
     if home and not os.path.isdir(home):
         m.make_room(home, made)
@@ -194,6 +196,8 @@ def take_listening(start: Message, fds: List[int], sock: socket.socket, held: Se
         return sock
     if not 0 < count <= len(fds):
         raise Error("bad-request", "the start message does not carry the sockets that it names")
+    for fd in fds[len(fds) - count :]:
+        refuse_ways_out(fd)
     places = range(3, 3 + count)
     taken = [fd for fd in held if fd in places]
     if taken:
@@ -209,6 +213,13 @@ def take_listening(start: Message, fds: List[int], sock: socket.socket, held: Se
     return socket.socket(fileno=moved[-1])
 
 
+def refuse_ways_out(fd: int) -> None:
+    """A directory of another mount namespace is a way up to that one's root, and so is a path opened for no more."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        text = "a directory cannot be a standard stream of a pocket: all that is above it could be reached by it"
+        raise Error("bad-request", text)
+
+
 def take_stdio(start: Message, fds: List[int], output: Any) -> None:
     """Standard input, output and error: the caller's in program mode; nothing and the service's log in client mode."""
     if output is not None:
@@ -218,6 +229,8 @@ def take_stdio(start: Message, fds: List[int], output: Any) -> None:
         present = wire.field(start, "stdio", list)
     if len(present) != len(fds) or any(n not in (0, 1, 2) for n in present):
         raise Error("bad-request", "the start message does not carry the descriptors that it names")
+    for fd in fds:
+        refuse_ways_out(fd)
     moved = [(n, fd if fd > 2 else os.dup(fd)) for n, fd in zip(present, fds)]
     for n, fd in moved:
         os.dup2(fd, n)  # inheritable, as standard streams are
