@@ -59,6 +59,9 @@ def daemon(place: Path) -> Iterator[Pocketd]:
     daemon = Pocketd(
         place / "pocketd",
         f"""
+        [service.programs]
+        runtime = "exec"
+
         [service.plain]
         runtime = "python"
         python = "{python}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pocketd import wire
 from pocketd.client.control import Control
 from pocketd.client.handshake import open_login
 from tests.conftest import TIMEOUT
@@ -64,25 +65,29 @@ def test_a_neighbours_file_has_no_name(pockets, controls, place, thread):
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY | os.O_DIRECTORY, os.O_PATH])
 def test_a_directory_cannot_be_passed_as_a_standard_stream(daemon, place, flags):
-    """It is of another mount namespace, so its .. knows no root of this one. Python's own command passes none."""
+    """It is of another mount namespace, so its .. knows no root of this one."""
 
     def says(fd):
         start = {
-            "kind": "code", "program": b"print('begun')", "arguments": [], "environment": [], "directory": b"/",
+            "kind": "file", "program": b"sh", "arguments": [b"-c", b"echo begun"], "environment": [], "directory": b"/",
             "umask": 0o22, "ignored": [], "blocked": [], "limits": {}, "cold": False, "stdio": [1, 2],
         }  # fmt: skip
         read, write = os.pipe()
         with Control(str(daemon.runtime_dir)) as control, open(read) as out:
-            fields: dict[str, Any] = {"name": "plain", "directory": str(place), "start": start, "fds": [write, fd]}
+            fields: dict[str, Any] = {"name": "programs", "directory": str(place), "start": start, "fds": [write, fd]}
             login = open_login(control, mode="program", timeout=TIMEOUT, **fields)
             os.close(write)
             with login.session, login.hold:
-                return out.read()
+                said = out.read()
+                if said:
+                    return said
+                message, _ = wire.receive(login.session)
+                return message["error"]["message"]
 
     other, null = os.open(place, flags), os.open(os.devnull, os.O_WRONLY)
     try:
         assert says(null) == "begun\n"
-        assert says(other) == ""
+        assert "cannot be a standard stream" in says(other)
     finally:
         os.close(other)
         os.close(null)
