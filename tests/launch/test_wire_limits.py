@@ -212,6 +212,20 @@ def test_a_hold_socket_of_another_kind_is_refused_and_not_kept(daemon: Pocketd, 
     assert daemon.settled()
 
 
+def test_a_session_of_anothers_cannot_be_asked_for_again(daemon: Pocketd, tmp_path: Path) -> None:
+    """A login is repeated by who made it, when pocketd died; the ids of sessions can be read in cgroupfs by all."""
+    with program(daemon, tmp_path):
+        (worker,) = daemon.workers()
+        ours, theirs = messages.pair()
+        with ours, theirs:
+            login = {"session": worker["session"], "mode": "program", "name": "plain", "roles": ["session", "hold"]}
+            for uid, known in ((NOBODY, False), (0, True)):
+                with connect(uid) as s:
+                    reply = ask(s, "login", (theirs.fileno(), theirs.fileno()), **login)
+                assert (reply.get("pid") == worker["pid"]) == known, reply
+                assert known or reply["error"]["message"] == "that session is not yours"
+
+
 def test_a_request_that_lasts_keeps_no_descriptors(daemon: Pocketd, tmp_path: Path) -> None:
     assert daemon.process
     with program(daemon, tmp_path) as mine, connect() as s:
