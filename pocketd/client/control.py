@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from typing import Any, Callable, Dict, Iterable, Optional
 
@@ -105,8 +106,11 @@ class Control:
 def _connect(path: str, timeout: Optional[float]) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        sock.settimeout(timeout)
+        if timeout is not None:  # not settimeout, with which connect(2) fails at once where the queue is full (unix(7))
+            limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         sock.connect(path)
+        sock.settimeout(timeout)
     except BaseException as e:
         sock.close()
         if isinstance(e, (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)):
