@@ -1,4 +1,4 @@
-"""Every test that docs/reliability.md names is there."""
+"""Every test that docs/reliability.md and docs/security.md name is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs/reliability.md").read_text()
-NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)
+NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT + (ROOT / "docs/security.md").read_text())
 
 
 def test_every_row_names_tests():
