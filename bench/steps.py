@@ -35,7 +35,9 @@ def child(programs: list[bytes], masks: confinement.Masks) -> dict[str, float]:
 
     mounts.private()
     mounts.tmpfs("/run", size=1 << 20)
-    os.makedirs(confinement.EMPTY)  # as runtime.container makes it
+    mounts.cover("/dev", size=1 << 16)
+    for made in (confinement.EMPTY, "/dev/shm", "/dev/mqueue"):  # as runtime.container makes them
+        os.makedirs(made, exist_ok=True)
     os.setsid()
     m = mounts
     time_it("cgroup namespace", lambda: namespaces.unshare(namespaces.CLONE_NEWCGROUP))
