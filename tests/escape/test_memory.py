@@ -56,7 +56,7 @@ def test_weights_that_it_changes_are_changed_for_itself_alone(daemon, enter, thr
         at = writer.attempt("memory.change_weights", thread)["value"]
         assert writer.attempt("memory.weights", thread) == {"value": "changed-"}
         assert other.attempt("memory.weights", thread) == {"value": "weight--"}
-        (template,) = daemon.ps()["templates"]
+        (template,) = [t for t in daemon.ps()["templates"] if t["service"] == "plain"]
         with open(f"/proc/{template['pid']}/mem", "rb", buffering=0) as memory:
             memory.seek(at)
             assert memory.read(8) == b"weight--"
