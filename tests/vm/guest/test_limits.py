@@ -343,8 +343,9 @@ def test_a_templates_memory_is_charged_where_it_was_loaded():
     (template,) = [t for t in ps()["templates"] if t["service"] == "plain"]
     with login("free", timeout=TIMEOUT) as session:
         session.call("app:nothing")
-        stat = dict(line.split() for line in (cgroup_of_service() / "memory.stat").read_text().splitlines())
-        assert int(stat["anon"]) > 1 << 20
-        assert template["charged"] >= int(stat["anon"])
-        (worker,) = [w for w in ps()["workers"] if w["pocket"] == "free"]
-        assert worker["charged"] < template["charged"]
+        loaded = counts(cgroup_of_service() / "memory.stat")[
+            "anon"
+        ]  # files may have been reclaimed, by a test above too
+        assert loaded > 1 << 20
+        assert template["charged"] >= loaded
+        assert counts(cgroup_of("free") / "memory.stat")["anon"] < loaded
