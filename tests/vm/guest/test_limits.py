@@ -340,12 +340,12 @@ def cgroup_of_service() -> Path:
 
 def test_a_templates_memory_is_charged_where_it_was_loaded():
     """A worker's cgroup has what it wrote itself, far less than what it can read of its template."""
-    (template,) = [t for t in ps()["templates"] if t["service"] == "plain"]
     with login("free", timeout=TIMEOUT) as session:
         session.call("app:nothing")
         loaded = counts(cgroup_of_service() / "memory.stat")[
             "anon"
         ]  # files may have been reclaimed, by a test above too
         assert loaded > 1 << 20
-        assert template["charged"] >= loaded
+        (template,) = [t for t in ps()["templates"] if t["service"] == "plain"]
+        assert template["charged"] > loaded * 0.9  # the kernel's counters lag behind one another a little
         assert counts(cgroup_of("free") / "memory.stat")["anon"] < loaded
