@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketd import events, schema, tuning
 from pocketd.definitions import Pocket
-from pocketd.paths import Mount
+from pocketd.paths import Mount, parse_mount
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def _apply(daemon: Daemon, pocket: Pocket, word: str, allow: bool) -> Pocket:
                 raise schema.Invalid("names no network; write network=host")
             return replace(pocket, allow=replace(pocket.allow, network=network))  # type: ignore[arg-type]
         if kind == "mount":
-            return replace(pocket, mounts=_with(pocket.mounts, schema.mount(text), word, allow))
+            mount = schema.mount(text) if allow else parse_mount(text)  # what is taken back need not be there any more
+            return replace(pocket, mounts=_with(pocket.mounts, mount, word, allow))
         if kind in _LISTS:
             key, parse = _LISTS[kind]
             value = parse(text)

@@ -97,7 +97,9 @@ def test_a_mount_is_given_read_only_unless_it_says_so(p, tmp_path):
     assert p.tries(beside) == ["No such file or directory"]
     p.says("allow", "p", f"mount={beside}")
     assert p.tries(beside, f"{beside}!") == ["beside", "yes", "Read-only file system"]
+    (tmp_path / "beside").rename(tmp_path / "away")
     p.says("deny", "p", f"mount={beside}")
+    (tmp_path / "away").rename(tmp_path / "beside")
     p.says("allow", "p", f"mount={beside}:{beside}:rw")
     assert p.tries(f"{beside}!") == ["yes"]
 
