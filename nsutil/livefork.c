@@ -655,6 +655,7 @@ long livefork_clone(struct livefork_request *q, struct livefork_failure *f) {
 
 long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
     static const uint64_t every_signal = ~0ULL, no_signal = 0;
+    static const uint32_t header[2] = {0x20080522 /* _LINUX_CAPABILITY_VERSION_3 */, 0}, none[6] = {0};
     uint64_t mask;
     raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&every_signal, (long)&mask, KERNEL_SIGSET, 0, 0);
     long pid = clone_now(q, f);
@@ -664,7 +665,9 @@ long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
     }
     raw(SYS_close_range, 0, ~0U, 0, 0, 0, 0);
     raw(SYS_prctl, PR_SET_NAME, (long)"pause", 0, 0, 0, 0);
-    raw(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0, 0);
+    /* No capability, so that one with more may join its pid namespace (PTRACE_MODE_READ, setns(2)) without CAP_SYS_PTRACE;
+     * for that it stays dumpable too. It is root's, and no worker is. */
+    raw(SYS_capset, (long)header, (long)none, 0, 0, 0, 0);
     raw(SYS_setsid, 0, 0, 0, 0, 0, 0); /* a worker's kill(0, ...) must not reach those who made it */
     raw(SYS_chdir, (long)"/", 0, 0, 0, 0, 0);
     for (int s = 1; s <= 64; s++) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from typing import Any, Container, Iterable
 
 from nsutil.syscalls import (
     SYS_CAPGET,
@@ -29,23 +30,29 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 PR_SET_NAME = 15
 # linux/capability.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP = 0, 1, 3, 5, 6, 7, 8
+CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_MKNOD = 12, 21, 27
 # linux/keyctl.h
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
-def drop_bounding_set() -> None:
-    """Let no execve(2) from here on gain a capability. What the process holds now it keeps. Inherited by forks."""
+def drop_bounding_set(keep: Container[int] = ()) -> None:
+    """Let no execve(2) from here on gain a capability but those in `keep`. What the process holds now it keeps.
+    Inherited by forks."""
     capability = 0
     while libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # EINVAL past the last that the kernel knows
-        prctl(PR_CAPBSET_DROP, capability, call="prctl(PR_CAPBSET_DROP)")
+        if capability not in keep:
+            prctl(PR_CAPBSET_DROP, capability, call="prctl(PR_CAPBSET_DROP)")
         capability += 1
 
 
-def drop_capabilities() -> None:
-    """Empty the effective, permitted, inheritable and ambient sets."""
+def drop_capabilities(keep: Iterable[int] = ()) -> None:
+    """Empty the effective, permitted, inheritable and ambient sets, but for what of `keep` is permitted now: that stays
+    permitted and is effective."""
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, call="prctl(PR_CAP_AMBIENT)")
-    header = ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), 8)
-    syscall(SYS_CAPSET, header, ctypes.create_string_buffer(24), call="capset")
+    kept = sum(1 << capability for capability in keep)
+    held = _permitted() & kept if kept else 0
+    _set_capabilities(effective=held, permitted=held)
 
 
 # The system calls, not libc's functions: those would tell every thread that libc knows of, and wait for threads which
@@ -69,12 +76,26 @@ def become(uid: int, gid: int, *, keep: bool = False) -> None:
 
 def _raise_permitted() -> None:
     """Make what is permitted effective: a change of uid leaves it permitted alone (capabilities(7))."""
-    header = ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), 8)
+    held = _permitted()
+    _set_capabilities(effective=held, permitted=held)
+
+
+def _permitted() -> int:
     sets = ctypes.create_string_buffer(24)
-    syscall(SYS_CAPGET, header, sets, call="capget")
-    words = list(struct.unpack("6I", sets.raw))  # effective, permitted, inheritable; low words, then high ones
-    words[0], words[3] = words[1], words[4]
-    syscall(SYS_CAPSET, header, ctypes.create_string_buffer(struct.pack("6I", *words), 24), call="capset")
+    syscall(SYS_CAPGET, _this_thread(), sets, call="capget")
+    words = struct.unpack("6I", sets.raw)  # effective, permitted, inheritable; low words, then high ones
+    return int(words[1] | words[4] << 32)
+
+
+def _set_capabilities(effective: int, permitted: int) -> None:
+    """With an empty inheritable set: nothing here gives capabilities on by that."""
+    low = [effective & 0xFFFFFFFF, permitted & 0xFFFFFFFF, 0]
+    words = struct.pack("6I", *low, effective >> 32, permitted >> 32, 0)
+    syscall(SYS_CAPSET, _this_thread(), ctypes.create_string_buffer(words, 24), call="capset")
+
+
+def _this_thread() -> Any:
+    return ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0), 8)
 
 
 def no_new_privileges() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cgroup.node import Cgroup
 from nsutil import messages
-from pocketd import environment, spawn, wire
+from pocketd import environment, filters, spawn, wire
 from pocketd.definitions import ModelFile, Service
 from pocketd.host import Host
 from pocketd.wire import Error, Message
@@ -54,6 +54,7 @@ async def make(definition: Service, host: Host, leaf: Cgroup, place: Path, log_p
             "shown": shown,
             "library": environment.copy_library(place / "lib"),
             "place": str(root),
+            "filters": filters.of_service(),
         }
         wire.send(ours, specification, [listener.fileno(), log, leaf.fd])
         message = await _reply(ours)

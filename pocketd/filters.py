@@ -69,6 +69,12 @@ REFUSED = """
     swapoff swapon sysfs syslog umount umount2 unshare uselib userfaultfd ustat vhangup vmsplice
 """.split()
 
+# Of the refused, what templates do themselves, or their children until the filters are installed: a worker takes its
+# place by mounts and namespaces; a live fork reads its own memory by process_vm_readv (livefork.c).
+_TEMPLATES = """
+    keyctl mount mount_setattr move_mount open_tree pivot_root process_vm_readv sethostname setns umount2 unshare
+""".split()
+
 _SETUID, _SETGID = 0o4000, 0o2000
 _CREATES = (0o100, 0o20000000)  # O_CREAT, and the bit of O_TMPFILE that is its own
 # Calls that set a file's mode: the argument with the mode, and the one with the flags that decide whether it counts.
@@ -104,13 +110,28 @@ def compiled() -> list[bytes]:
     return list(_compiled())
 
 
-@functools.cache
-def _compiled() -> tuple[bytes, ...]:
+def _library() -> Any:
     try:
-        import pyseccomp as library
+        import pyseccomp
     except RuntimeError:
         raise Error("seccomp", "libseccomp.so.2 is missing; as root: apt-get install libseccomp2") from None
+    return pyseccomp
+
+
+@functools.cache
+def _compiled() -> tuple[bytes, ...]:
+    library = _library()
     return _program(library, library.ERRNO(errno.ENOSYS), _allow), _program(library, library.ALLOW, _forbid)
+
+
+@functools.cache
+def of_service() -> list[bytes]:
+    """The filter of a service's init, which all in the service inherit: what neither a template nor a worker calls.
+
+    By number alone, so that the kernel remembers what it lets through and runs no filter for it (seccomp's bitmap).
+    """
+    library = _library()
+    return [_program(library, library.ALLOW, _refuse)]
 
 
 def _program(library: Any, otherwise: int, rules: Callable[[Any, _Add], None]) -> bytes:
@@ -132,6 +153,14 @@ def _program(library: Any, otherwise: int, rules: Callable[[Any, _Add], None]) -
         found.export_bpf(file)
         file.seek(0)
         return file.read()
+
+
+def _refuse(library: Any, add: _Add) -> None:
+    for name in REFUSED:
+        if name not in _TEMPLATES:
+            add(library.ERRNO(errno.EPERM), name)
+    for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
+        add(library.ERRNO(errno.ENOSYS), name)
 
 
 def _allow(library: Any, add: _Add) -> None:

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, NoReturn, Tuple
 
-from nsutil import clone, mounts, namespaces, privileges
+from nsutil import clone, mounts, namespaces, privileges, seccomp
 from pocketd import wire
 from runtime import confinement, init
 
@@ -35,6 +35,17 @@ PLACES = ("home", "root", "srv", "opt", "mnt", "media", "var")
 MASKED = ("/sys/dev/block", "/sys/firmware", "/sys/fs/selinux")  # as podman does in its containers
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 LIBRARY = "/run/pocketd/lib"
+# What init and its templates may. Only KILL is for them, since init passes signals on: by the others their workers take
+# their places, before they give all up. SYS_ADMIN: mounts, namespaces, the pid (set_tid) of a clone. NET_ADMIN: a
+# loopback interface. SETUID, SETGID, SETPCAP: an identity. CHOWN, FOWNER, MKNOD: homes, credentials, devices.
+# DAC_OVERRIDE: directories, files of a service's python and cgroups that are not root's.
+KEPT = frozenset(
+    (
+        *(privileges.CAP_SYS_ADMIN, privileges.CAP_NET_ADMIN, privileges.CAP_SETUID, privileges.CAP_SETGID),
+        *(privileges.CAP_SETPCAP, privileges.CAP_CHOWN, privileges.CAP_FOWNER, privileges.CAP_MKNOD),
+        *(privileges.CAP_DAC_OVERRIDE, privileges.CAP_KILL),
+    )
+)
 
 
 class ContainerError(Exception):
@@ -50,11 +61,12 @@ class Specification:
     shown: Tuple[str, ...]  # further host paths to show where they are: the python environment
     library: Tuple[Tuple[str, str], ...]  # (host path, name beneath LIBRARY): our own code for templates
     place: str  # a directory of the host on which the new root is mounted, in this mount namespace only
+    filters: Tuple[bytes, ...]  # what no process of the service may call (pocketd.filters)
 
     @classmethod
     def unwire(cls, m: Dict[str, Any]) -> Specification:
         pairs = tuple((str(a), str(b)) for a, b in m["library"])
-        return cls(m["name"], m["rootfs"], tuple(m["shown"]), pairs, m["place"])
+        return cls(m["name"], m["rootfs"], tuple(m["shown"]), pairs, m["place"], tuple(m["filters"]))
 
 
 def build_root(spec: Specification) -> None:
@@ -194,12 +206,17 @@ def refuse(talk: socket.socket, e: Exception) -> None:
 
 
 def become_init(spec: Specification, talk: socket.socket, listener: int, log: int) -> NoReturn:
-    """PID 1: its own /proc, the read-only root, and no way back."""
+    """PID 1: its own /proc, the read-only root, no way back, and the privileges that its workers begin with."""
     try:
         mounts.mount("proc", f"{spec.place}/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
         mounts.pivot(spec.place)
         mounts.set_attributes(mounts.AT_FDCWD, mounts.MOUNT_ATTR_RDONLY, path="/")
+        confinement.Masks().apply()
         privileges.set_name("pocket-init")
+        privileges.drop_bounding_set(KEPT)
+        privileges.drop_capabilities(KEPT)
+        privileges.no_new_privileges()
+        seccomp.install(spec.filters)
         wire.send(talk, {"op": "made"})
     except Exception as e:
         refuse(talk, e)

@@ -203,6 +203,7 @@ def test_the_resident_thread_is_one_that_the_template_has(daemon, pockets):
     threads = {}
     for task in Path(f"/proc/{template['pid']}/task").iterdir():
         status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
-        threads[int(status["NSpid"].split()[-1])] = (int(status["NStgid"].split()[-1]), status["Seccomp"])
-    assert threads[stamps[0]["tid"]] == (stamps[0]["pid"], "0")  # there, unconfined
-    assert pockets("prisoner").attempt("processes.thread_status", "resident")["value"]["Seccomp"] == "2"
+        at = int(status["NSpid"].split()[-1])
+        threads[at] = (int(status["NStgid"].split()[-1]), int(status["CapEff"], 16) != 0)
+    assert threads[stamps[0]["tid"]] == (stamps[0]["pid"], True)  # there, with its privileges
+    assert int(pockets("prisoner").attempt("processes.thread_status", "resident")["value"]["CapEff"], 16) == 0
