@@ -212,6 +212,12 @@ def descriptors() -> list[int]:
     return [fd for fd in sorted(found) if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
+def kinds_of_descriptors() -> list[str]:
+    """What else than 0, 1 and 2 is open, by the kernel's names without their numbers."""
+    found = {os.readlink(f"/proc/self/fd/{fd}").partition("[")[0] for fd in descriptors() if fd > 2}
+    return sorted(found)
+
+
 def descriptor_of_the_template(pids: list[int]) -> bool:
     return open_of(pids, "fd")
 

@@ -39,4 +39,9 @@ def ask(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     return value
 
 
+def model() -> object:
+    """For a service that loads models alone: this module is one of them, for its thread's sake."""
+    return object()
+
+
 threading.Thread(target=live, name="resident", daemon=True).start()
