@@ -131,7 +131,7 @@ def main(words: list[str], request: Request | None = None) -> NoReturn:
     except errors.PocketError as e:
         say(f"pocket: {e}")
         sys.exit(NOT_FOUND if e.code == "not-found" else FAILED)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: more than a message can hold
         say(f"pocket: {e}")
         sys.exit(FAILED)
 
@@ -163,7 +163,8 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
     with ExitStack() as stack:
         given = supervised.take(environment, stack, lambda text: say(f"pocket: {text}"))
         if r.pocket:
-            assert r.name
+            if not r.name:
+                raise Usage("name a pocket")
             about = ask(control, "describe", {"name": r.name}, patience=patience)
             if about["kind"] != "pocket" or not about["program"]:
                 raise errors.PocketError(
