@@ -1,13 +1,18 @@
-"""Metadata, and how nsutil/livefork.so is built.
+"""Metadata, and how nsutil/livefork.so and `pocket` are built.
 
 livefork.so is a plain shared library for ctypes, not an extension module: no Python header, no ABI tag, so that one
 file serves any Python of a service. `python setup.py build_livefork` builds it in place; installs do too.
+
+`pocket` is a program in C (pocketd/front), installed as a script is; beside it is `pocket-py`, which it becomes for
+what it does not do itself.
 """
 
+import ast
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -22,6 +27,13 @@ except ImportError:
 HERE = Path(__file__).resolve().parent
 SOURCES = ("nsutil/livefork.c",)
 FLAGS = "-O2 -Wall -Wextra -Werror -fno-omit-frame-pointer -shared -fPIC"
+FRONT = (
+    *(f"{name}.c" for name in ("front", "run", "hold", "paths", "client", "msgpack")),
+    "front.h",
+    "client.h",
+    "msgpack.h",
+)
+FRONT_FLAGS = "-O2 -Wall -Wextra -Werror -Wshadow -fstack-protector-strong -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2"
 
 
 def compiler() -> list[str]:
@@ -31,23 +43,35 @@ def compiler() -> list[str]:
         if shutil.which(command[0]):
             return command
     raise CompileError(
-        f"nsutil/livefork.so needs a C compiler, and {asked[0] if asked else 'neither cc nor gcc'} is not there: "
+        f"pocketd needs a C compiler, and {asked[0] if asked else 'neither cc nor gcc'} is not there: "
         "install gcc (Debian, Fedora: gcc; Alpine: gcc musl-dev linux-headers), or set CC"
     )
 
 
-def build_library(to: Path) -> None:
-    """Compile nsutil/livefork.so beneath `to`; never leave half a file where a running service may load it."""
-    target = to / "nsutil" / "livefork.so"
+def compile_to(target: Path, flags: list[str], sources: Iterable[str]) -> None:
+    """Never leaves half a file where a running service may load it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".livefork.{os.getpid()}.so")
-    command = [*compiler(), *FLAGS.split(), "-o", str(partial), *(str(HERE / source) for source in SOURCES)]
+    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    command = [*compiler(), *flags, "-o", str(partial), *(str(HERE / source) for source in sources)]
     try:
         if subprocess.run(command).returncode:
             raise CompileError(f"the compiler failed: {shlex.join(command)}")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def build_library(to: Path) -> None:
+    compile_to(to / "nsutil" / "livefork.so", FLAGS.split(), SOURCES)
+
+
+def verbs() -> list[str]:
+    """The names in VERBS of pocketd/command/main.py, which is read here, as its imports may not be installed yet."""
+    for node in ast.parse((HERE / "pocketd/command/main.py").read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == "VERBS" for t in targets):
+            return [ast.literal_eval(key) for key in node.value.keys]
+    raise CompileError("pocketd/command/main.py has no table of its verbs, VERBS")
 
 
 class BuildLivefork(Command):
@@ -70,6 +94,29 @@ class BuildPy(build_py):
         build_library(HERE if self.editable_mode else Path(self.build_lib))
 
 
+class BuildScripts(Command):
+    description = "build `pocket`"
+    user_options = [("build-dir=", "d", "the directory it goes to")]
+
+    def initialize_options(self) -> None:
+        self.build_dir: str | None = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_scripts", "build_dir"))
+
+    def get_source_files(self) -> list[str]:
+        return [f"pocketd/front/{name}" for name in FRONT]
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_dir) / "pocket")]
+
+    def run(self) -> None:
+        words = "".join(f'"{verb}",' for verb in verbs())
+        flags = [*FRONT_FLAGS.split(), f"-DVERBS={words}"]
+        sources = (source for source in self.get_source_files() if source.endswith(".c"))
+        compile_to(Path(self.build_dir) / "pocket", flags, sources)
+
+
 class Wheel(bdist_wheel):
     """Any Python 3, this machine: what a wheel with a plain shared library is."""
 
@@ -88,6 +135,7 @@ setup(
     python_requires=">=3.11",
     packages=["pocketd", "pocketd.client", "pocketd.command", "nsutil", "cgroup", "runtime"],
     package_data={"nsutil": ["py.typed"]},
+    scripts=["pocketd/front/front.c"],
     install_requires=["msgpack>=1", "pyroute2", "cgroupspy==0.2.3", "python-prctl", "jeepney", "tomli-w", "pyseccomp"],
     extras_require={
         # Wheels of tensorflow-cpu exist for x86-64 only; on aarch64 tensorflow itself is the build without CUDA.
@@ -96,7 +144,12 @@ setup(
             "tensorflow>=2.15; platform_machine == 'aarch64'",
         ],
     },
-    entry_points={"console_scripts": ["pocketd = pocketd.daemon:main", "pocket = pocketd.command.main:main"]},
-    cmdclass={"build_livefork": BuildLivefork, "build_py": BuildPy, "bdist_wheel": Wheel},
+    entry_points={"console_scripts": ["pocketd = pocketd.daemon:main", "pocket-py = pocketd.command.main:main"]},
+    cmdclass={
+        "build_livefork": BuildLivefork,
+        "build_py": BuildPy,
+        "build_scripts": BuildScripts,
+        "bdist_wheel": Wheel,
+    },
     zip_safe=False,
 )

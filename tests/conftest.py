@@ -40,6 +40,8 @@ def bare_environment() -> dict[str, str]:
 class Pocketd:
     """One pocketd in directories of its own. `config` is TOML text."""
 
+    front = "c"  # of the command: or "python", for all of it
+
     def __init__(self, place: Path, config: str):
         self.place = place
         self.config = place / "pocketd.conf"
@@ -94,7 +96,9 @@ class Pocketd:
         return {**bare_environment(), "POCKETD_RUNTIME_DIR": str(self.runtime_dir)}
 
     def command(self, *words: str | bytes) -> list[str | bytes]:
-        """The `pocket` command from this checkout, which leaves no trace in what it passes on."""
+        """The `pocket` command of this checkout. That in Python leaves no trace in what it passes on."""
+        if self.front == "c":
+            return [str(Path(sys.executable).parent / "pocket"), *words]
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pocketd.command.main import main; main()"
         return [sys.executable, "-I", "-c", code, *words]
 

@@ -12,6 +12,24 @@ import pytest
 from tests.conftest import Pocketd
 from tests.launch.both import Both, read_line
 
+# What these say of the command holds of both: of `pocket`, in C, and of the whole command in Python.
+ON_BOTH_FRONTS = {
+    f"test_{name}.py"
+    for name in ("program", "streams", "signals", "terminal", "environment", "ends", "pockets", "users", "front")
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.path.name in ON_BOTH_FRONTS and {"pocketd", "own_pocketd"} & set(metafunc.fixturenames):
+        metafunc.parametrize("front", ["c", "python"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def front(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which command the test's pocketd is talked to by."""
+    monkeypatch.setattr(Pocketd, "front", getattr(request, "param", Pocketd.front))
+    return Pocketd.front
+
 
 @pytest.fixture
 def both(pocketd: Pocketd, tmp_path: Path) -> Both:
