@@ -29,6 +29,7 @@ from tests.fuzz.mutate import mutated
 SEED = 20_260_101
 COUNTS = {
     "wire": 20_000,
+    "front": 20_000,
     "datagram": 5_000,
     "handle": 20_000,
     "values": 20_000,
