@@ -39,7 +39,8 @@ def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> li
         leaves.mkdir()
         stack.callback(leaves.rmdir)
         environment = {**ENVIRONMENT, "POCKETD_RUNTIME_DIR": service.runtime_dir}
-        command = [str(pocket), "run", "--service", service.name, "first_line.py"]
+        words = ["run", "--service", service.name, "first_line.py"]
+        commands = {"pocket run": [str(pocket), *words], "the same in Python": [f"{pocket}-py", *words]}
         for round in range(rounds + 1):
             run = launch.monolith("first_line.py")
             if round:
@@ -47,10 +48,11 @@ def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> li
                 whole.add("python", run.end)
                 cpu.add("monolith", run.cpu or 0.0)
             for _ in range(3):
-                run = launch.as_process(command, environment=environment)
-                time.sleep(REST)
-                if round:
-                    whole.add("pocket run", run.end)
+                for name, command in commands.items():
+                    run = launch.as_process(command, environment=environment)
+                    time.sleep(REST)
+                    if round:
+                        whole.add(name, run.end)
             service.settle()
             before = service.cpu()
             for _ in range(launches):
@@ -70,6 +72,7 @@ def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> li
     line.compare("monolith", ["worker"])
     line.compare("worker", ["bare fork", "live fork into namespaces"])
     whole.compare("python", ["pocket run"])
+    whole.compare("the same in Python", ["pocket run"])
     cpu.compare("monolith", ["launch"])
     return [line, whole, cpu]
 
