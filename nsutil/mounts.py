@@ -116,9 +116,11 @@ def bind(source: str, target: str, *, read_only: bool = True, extra: int = 0, re
         os.close(tree)
 
 
-def tmpfs(target: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV, inodes: int = 0) -> None:
-    """An empty file system in memory of at most `size` bytes, charged to the cgroup of who writes."""
-    data = f"size={size},mode={mode:o}" + (f",nr_inodes={inodes}" if inodes else "")
+def tmpfs(
+    target: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV, owner: tuple[int, int] = (0, 0)
+) -> None:
+    """An empty file system of `owner`'s in memory, of at most `size` bytes, charged to the cgroup of who writes."""
+    data = f"size={size},mode={mode:o},uid={owner[0]},gid={owner[1]}"
     mount("tmpfs", target, "tmpfs", flags, data)
 
 
@@ -131,25 +133,24 @@ def point(target: str, like: str) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
 
 
-def make_room(target: str, made: list[str]) -> None:
-    """Make it possible to create `target`, which does not exist, where the file system beneath is read-only.
+def make_room(target: str, made: list[str], owner: tuple[int, int]) -> None:
+    """Make it possible for `owner` to create `target`, which does not exist, where the file system does not let it.
 
-    The nearest directory above it that does exist gets a small tmpfs, in which everything that stood there is shown
-    again as it was. Each tmpfs made so is added to `made`; close them with `seal`.
+    The nearest directory above it that does exist gets a small tmpfs of `owner`'s, in which everything that stood there
+    is shown again as it was. Each tmpfs made so is added to `made`; close them with `seal`.
     """
     above = os.path.dirname(target)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
-    if any(above == m or above.startswith(m + "/") for m in made) or os.access(above, os.W_OK):
-        return
-    cover(above, size=1 << 20)
+    cover(above, size=1 << 20, owner=owner)
     made.append(above)
 
 
-def writable_root(made: list[str]) -> None:
-    """A root of this mount namespace's own that shows all that stood in the old one, for a new directory at the top."""
+def writable_root(made: list[str], owner: tuple[int, int]) -> None:
+    """A root of this mount namespace's own that shows all that stood in the old one, for `owner`'s new directory at the
+    top."""
     place = "/tmp"
-    tmpfs(place, size=1 << 20)
+    tmpfs(place, size=1 << 20, owner=owner)
     for name in os.listdir("/"):
         if f"/{name}" == place:
             os.mkdir(f"{place}/{name}", 0o1777)
@@ -159,12 +160,14 @@ def writable_root(made: list[str]) -> None:
     made.append("/")
 
 
-def cover(directory: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV) -> None:
+def cover(
+    directory: str, *, size: int, mode: int = 0o755, flags: int = MS_NOSUID | MS_NODEV, owner: tuple[int, int] = (0, 0)
+) -> None:
     """A tmpfs over `directory`, with everything that stands there shown in it as it is."""
     old = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         entries = os.listdir(old)
-        tmpfs(directory, size=size, mode=mode, flags=flags)
+        tmpfs(directory, size=size, mode=mode, flags=flags, owner=owner)
         for name in entries:
             show(f"/proc/self/fd/{old}/{name}", f"{directory}/{name}")
     finally:

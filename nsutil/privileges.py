@@ -6,13 +6,18 @@ Sources: capabilities(7), prctl(2), keyctl_join_session_keyring(3), linux/capabi
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import struct
-from typing import Any, Container, Iterable
+from contextlib import contextmanager
+from typing import Any, Container, Iterable, Iterator
 
 from nsutil.syscalls import (
     SYS_CAPGET,
     SYS_CAPSET,
     SYS_KEYCTL,
+    SYS_SETFSGID,
+    SYS_SETFSUID,
     SYS_SETGROUPS,
     SYS_SETRESGID,
     SYS_SETRESUID,
@@ -72,6 +77,24 @@ def become(uid: int, gid: int, *, keep: bool = False) -> None:
     syscall(SYS_SETRESUID, uid, uid, uid, call="setresuid", detail=str(uid))
     if keep:
         _raise_permitted()
+
+
+@contextmanager
+def filing_as(uid: int, gid: int) -> Iterator[None]:
+    """Use files as that user would, and none of the capabilities that let root use others' (capabilities(7), "Effect of
+    user ID changes"); mounts need SYS_ADMIN as ever. Supplementary groups still count: `leave_groups` first."""
+    _file_as(uid, gid)
+    try:
+        yield
+    finally:
+        _file_as(os.geteuid(), os.getegid())
+
+
+def _file_as(uid: int, gid: int) -> None:
+    for number, call, wanted in ((SYS_SETFSGID, "setfsgid", gid), (SYS_SETFSUID, "setfsuid", uid)):
+        syscall(number, wanted, call=call)
+        if syscall(number, -1, call=call) != wanted:  # setfsuid(2): it returns what was there, and no error
+            raise OSError(errno.EPERM, f"{call}: {os.strerror(errno.EPERM)} ({wanted})")
 
 
 def _raise_permitted() -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import stat
-from typing import Any, List, NoReturn, Optional, Sequence
+from typing import Any, List, NoReturn, Optional, Sequence, Tuple
 
 from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
@@ -108,9 +108,10 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
         namespaces.loopback_up()
     m = mounts
     made: List[str] = []
+    owner = message["uid"], message["gid"]
     home, places = message["home"], message["mounts"]
     if not all(os.path.lexists("/" + path.split("/")[1]) for path in (home or "/usr", *(p["target"] for p in places))):
-        m.writable_root(made)
+        m.writable_root(made, owner)
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
     masks.apply()
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
@@ -118,35 +119,44 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
     m.mount("mqueue", "/dev/mqueue", "mqueue", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=256")
     if home and not os.path.isdir(home):
-        m.make_room(home, made)
-        os.makedirs(home)
+        make_point(home, True, made, owner)
     if home:
         m.cover(home, size=message["tmp"], mode=0o700)
         os.chown(home, message["uid"], message["gid"])
-    for tree, place in sorted(zip(trees, places), key=lambda pair: len(pair[1]["target"])):
-        attach(tree, place, made)
     if secrets is not None:
         show_credentials(secrets, message, made)
     if message.get("devices"):
         add_devices(message, made)
+    # From the first tree on, what a path leads to is others' to decide, and may be a directory of the host's: nothing
+    # is made there by root.
+    privileges.leave_groups()
+    with privileges.filing_as(*owner):
+        for tree, place in sorted(zip(trees, places), key=lambda pair: len(pair[1]["target"])):
+            attach(tree, place, made, owner)
     m.seal(made)
 
 
-def attach(tree: int, place: Message, made: List[str]) -> None:
+def attach(tree: int, place: Message, made: List[str], owner: Tuple[int, int]) -> None:
     """Attach one tree at its target, and at its alias; descriptors are closed, since they lead out of here."""
     target = place["target"]
     if not os.path.lexists(target):
-        mounts.make_room(target, made)
-        if place["directory"]:
-            os.makedirs(target, 0o755)
-        else:
-            mounts.point(target, "/dev/null")
+        make_point(target, place["directory"], made, owner)
     mounts.attach(tree, target)
     os.close(tree)
     if place.get("alias"):
         copy = mounts.open_tree(target)
         mounts.attach(copy, place["alias"])
         os.close(copy)
+
+
+def make_point(target: str, directory: bool, made: List[str], owner: Tuple[int, int]) -> None:
+    """Make a mount point; where that is not permitted, in a tmpfs over what is there."""
+    like = "/" if directory else "/dev/null"
+    try:
+        mounts.point(target, like)
+    except OSError:
+        mounts.make_room(target, made, owner)
+        mounts.point(target, like)
 
 
 def add_devices(message: Message, made: List[str]) -> None:
@@ -167,8 +177,7 @@ def show_credentials(fd: int, message: Message, made: List[str]) -> None:
     files = wire.field(wire.unpack(memory.read_sealed(fd, 2 * CREDENTIALS)), "files", dict)
     os.close(fd)
     target = message["credentials"]
-    mounts.make_room(target, made)
-    os.makedirs(target, exist_ok=True)
+    make_point(target, True, made, (message["uid"], message["gid"]))
     flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
     try:
         mounts.mount("tmpfs", target, "tmpfs", flags, f"size={2 * CREDENTIALS},mode=700,noswap")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TIMEOUT
-from tests.escape.attempt import UID
+from tests.escape.attempt import THREADS, UID, outcome
 
 LAUNCHES = 12
 _EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, RENAME_EXCHANGE
@@ -133,3 +133,109 @@ def test_a_directory_closed_to_the_caller_is_not_opened_for_it_by_a_swapped_link
             before = count[0]
             done = subprocess.run(words, **options, **as_user)  # type: ignore[call-overload]
             assert "of root" not in done.stdout + done.stderr and count[0] > before
+
+
+def test_a_pockets_directory_that_becomes_a_link_leads_nowhere(daemon, place, outside):
+    """Where the link leads, the same program is there, and would write."""
+    pocket, link = place / "writer", place / "writer-link"
+    for directory in (pocket, outside):
+        (directory / "app.py").write_text(WRITE)
+        for path in (directory / "out", directory / "deep/out"):
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o777)
+    link.symlink_to(outside)
+    statuses = []
+    try:
+        with swapping(pocket, link) as count:
+            for _ in range(LAUNCHES):
+                before = count[0]
+                statuses.append(daemon.pocket("writer", check=False).returncode)
+                assert count[0] > before
+    finally:
+        if pocket.is_symlink():
+            os.rename(pocket, place / "spare")
+            os.rename(link, pocket)
+            os.rename(place / "spare", link)
+    assert set(statuses) <= {0, 125}, statuses
+    assert list(outside.rglob("probe")) == []
+    subprocess.run([sys.executable, "app.py"], cwd=link, check=True, capture_output=True, timeout=TIMEOUT)
+    assert len(list(outside.rglob("probe"))) == 2
+    link.unlink()
+
+
+def test_a_directory_that_is_renamed_while_it_is_mounted_stays_what_it_is(enter, controls, place, outside):
+    """By its old name others reach what a link there leads to; the pocket has its own directory, and no way up."""
+    (outside / "marker").write_text("of the host")
+    (outside / "marker").chmod(0o644)
+    inside = enter("moved")
+    try:
+        (place / "moved").rename(place / "away")
+        (place / "moved").symlink_to(outside)
+        assert controls("user").attempt("files.read", path=f"{place}/moved/marker") == {"value": "of t"}
+        for thread in THREADS:
+            for path in (f"{place}/moved/marker", "marker", "../away/marker"):
+                assert outcome(inside.attempt("files.read", thread, path=path)) == "ENOENT"
+            for directory in (".", f"{place}/moved"):
+                found = outcome(inside.attempt("files.climb", thread, directory=directory, marker=f"{outside}/marker"))
+                assert found == "ENOENT"
+        (place / "away/new").write_text("its own")
+        assert inside.attempt("files.read", path=f"{place}/moved/new") == {"value": "its "}
+    finally:
+        inside.end()
+        (place / "moved").unlink()
+
+
+@pytest.fixture
+def as_user(daemon, users_place):
+    """A function that runs a line of Python in a pocket for an unprivileged user, by `pocket run` with options."""
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        words = daemon.command("run", "--service", "plain", *options, "-c", "print('begun')")
+        environment = {**daemon.environment, "HOME": "/"}
+        return subprocess.run(
+            words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, user=UID, group=UID,
+            extra_groups=[],
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def of_root(daemon):
+    """A directory of root's that others may look at."""
+    made = Path(tempfile.mkdtemp(prefix="of-root-", dir=daemon.place.parent))
+    made.chmod(0o755)
+    return made
+
+
+def test_a_mount_point_is_made_by_who_may_make_it(as_user, of_root, users_place):
+    """In root's directory a mount point is only seen; in the user's own, and for root in its own, it is made."""
+    own = users_place / "own"
+    own.mkdir()
+    os.chown(own, UID, UID)
+    for options in (
+        ("--dir", str(of_root), "--mount", f"{own}:{of_root}/directory"),
+        ("--dir", str(of_root), "--mount", f"/etc/hostname:{of_root}/file"),
+        ("--dir", str(own), "--mount", f"{of_root}:/shown:rw", "--mount", f"{own}:/shown/in/it"),
+    ):
+        done = as_user(*options)
+        assert done.stdout == "begun\n", done
+        assert list(of_root.iterdir()) == []
+    assert as_user("--dir", str(own), "--mount", f"{of_root}:{own}/made").stdout == "begun\n"
+    assert (own / "made").stat().st_uid == UID
+
+
+def test_a_mount_point_that_becomes_a_link_is_made_nowhere_else(as_user, of_root, users_place):
+    """A link in the user's own directory, to where the pocket sees root's."""
+    own, link = users_place / "real", users_place / "link"
+    own.mkdir()
+    os.chown(own, UID, UID)
+    link.symlink_to("/shown")
+    options = ("--dir", str(users_place), "--mount", f"{of_root}:/shown:rw", "--mount")
+    said = set()
+    with swapping(own, link) as count:
+        for number in range(LAUNCHES):
+            before = count[0]
+            said.add(as_user(*options, f"{of_root}:{users_place}/real/made-{number}").stdout)
+            assert count[0] > before
+    assert list(of_root.iterdir()) == [] and "begun\n" in said
