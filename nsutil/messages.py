@@ -155,6 +155,38 @@ def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple
         raise
 
 
+_ONE = socket.CMSG_SPACE(12)  # struct ucred, and nothing else
+
+
+def carries(sock: socket.socket) -> bool:
+    """Whether the next message carries descriptors, which are not received by this. Raises BlockingIOError, OSError."""
+    return bool(_peek(sock)[1] & _CONTROL_TRUNCATED)
+
+
+def drained(sock: socket.socket) -> bool:
+    """End a connection that nobody else has, and take out what was not read. False where a message with descriptors is
+    left in it: they are closed by whoever closes the socket last, who may wait for those who made them (SO_LINGER)."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)  # nothing can be added
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # else an empty message looks like the end
+        while True:
+            ancillary, got = _peek(sock)
+            if got & _CONTROL_TRUNCATED or not ancillary:
+                return not got & _CONTROL_TRUNCATED
+            sock.recv(1, socket.MSG_DONTWAIT)
+    except OSError:  # it was connected to nobody
+        return True
+
+
+def _peek(sock: socket.socket) -> tuple[list[tuple[int, int, bytes]], int]:
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+    try:
+        _, ancillary, got, _ = sock.recvmsg(1, _ONE, flags)
+    except ConnectionResetError:  # as in `receive`
+        _, ancillary, got, _ = sock.recvmsg(1, _ONE, flags)
+    return ancillary, got
+
+
 def _descriptors(level: int, kind: int, block: bytes) -> tuple[int, ...]:
     if level != socket.SOL_SOCKET or kind != socket.SCM_RIGHTS:
         return ()

@@ -10,9 +10,9 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterable, Sequence
 
-from nsutil.syscalls import libc
+from nsutil.syscalls import SYS_CLOSE_RANGE, libc, syscall
 
 # asm-generic/socket.h; 6.5 and later
 SO_PEERPIDFD = 77
@@ -73,6 +73,16 @@ def pid_of(pidfd: int) -> int:
                 if pid > 0:
                     return pid
     raise Gone("the process has ended")
+
+
+def close_others(keep: Iterable[int]) -> None:
+    """Close every descriptor but 0, 1, 2 and those in `keep`."""
+    first = 3
+    for fd in sorted(k for k in keep if k > 2):
+        if fd > first:
+            syscall(SYS_CLOSE_RANGE, first, fd - 1, 0, call="close_range")
+        first = fd + 1
+    syscall(SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0, call="close_range")
 
 
 @dataclass(frozen=True)

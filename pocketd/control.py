@@ -13,12 +13,12 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from nsutil import processes
+from nsutil import messages, processes
 from nsutil.messages import DescriptorsLost, Fds, MessageError, short_name
-from pocketd import events, launch, observe, rights, tuning, wire, witness
+from pocketd import apart, events, launch, observe, rights, tuning, warming, wire, witness
 from pocketd.definitions import describe
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -32,6 +32,7 @@ SHARE = 128  # of them for one other uid
 RATE, BURST = 200.0, 200  # requests in a second of one uid but root's, and how many of them at once
 SILENCE = 60.0  # seconds without a request, since it connected or was answered last
 REST = 0.2  # seconds
+USHERS = 32  # of one uid: its requests with descriptors at once
 _PENDING = 4  # requests of one connection at once
 _ACCEPTED = 64  # in one turn
 
@@ -42,6 +43,7 @@ class Share:
     def __init__(self, uid: int):
         self.uid = uid
         self.connections = 0
+        self.ushers = asyncio.Semaphore(USHERS)
         self._due = 0.0  # when all that was asked would have been asked at RATE
 
     def full(self) -> bool:
@@ -63,14 +65,28 @@ class RequestLink(Link):
     """A link to a peer that is not trusted: one request of bounded size in its turn, and none while it is paused.
 
     What a peer sends meanwhile waits in its own socket, which blocks it in the end. That it has gone is seen later too.
+    `laden` is called, where there is one, when the next request carries descriptors, and is left to receive it.
     """
 
     paused = False
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        handle: Callable[[Message, Fds], None],
+        closed: Callable[[str], None],
+        laden: Callable[[], None] | None,
+    ):
+        self._laden = laden
+        super().__init__(sock, handle, closed)
 
     def _readable(self) -> None:
         if self.sock is None or self.paused:
             return
         try:
+            if self._laden and messages.carries(self.sock):
+                self._laden()
+                return
             message, fds = wire.receive(self.sock, bounds=wire.REQUEST)
         except BlockingIOError:
             return
@@ -90,6 +106,9 @@ class RequestLink(Link):
         if self.sock is not None and self.paused:
             self.paused = False
             asyncio.get_running_loop().add_reader(self.sock, self._readable)
+
+    def _let_go(self, sock: socket.socket) -> None:
+        apart.let_go(sock)
 
     def tell(self, error: Error) -> None:
         """An error that answers no request, if the peer has room for it."""
@@ -116,8 +135,9 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None  # until its share lets it ask again
         self._silence: asyncio.TimerHandle | None = None
+        self._ushered = False  # the next request is received by a child
         share.connections += 1
-        self.link = RequestLink(sock, self._handle, self._closed)
+        self.link = RequestLink(sock, self._handle, self._closed, self._laden if peer.uid else None)
         self._next()
 
     def _closed(self, reason: str) -> None:
@@ -139,7 +159,7 @@ class Connection:
         wait = self._share.wait()
         if wait and not self._rest:
             self._rest = asyncio.get_running_loop().call_later(wait, self._rested)
-        if not self._rest and len(self._tasks) < _PENDING:
+        if not self._rest and not self._ushered and len(self._tasks) < _PENDING:
             self.link.resume()
         else:
             self.link.pause()
@@ -158,11 +178,54 @@ class Connection:
         self._next()
 
     def _handle(self, message: Message, fds: Fds) -> None:
+        self._begin(self._answer(message, fds))
+
+    def _laden(self) -> None:
+        self._ushered = True
+        self._begin(self._usher())
+
+    def _begin(self, answering: Coroutine[Any, Any, None]) -> None:
         self._share.count()
-        task = asyncio.ensure_future(self._answer(message, fds))
+        task = asyncio.ensure_future(answering)
         self._tasks.add(task)
         task.add_done_callback(self._answered)
         self._next()
+
+    async def _usher(self) -> None:
+        """The next request and its descriptors, by way of a child, which stays until it is answered."""
+        try:
+            async with asyncio.timeout(SILENCE):
+                await self._share.ushers.acquire()
+        except TimeoutError:
+            self.link.tell(Error("full", f"{USHERS} requests of yours with descriptors are not over yet"))
+            self.link.close("too many descriptors")
+            return
+        if self.link.sock is None:
+            self._share.ushers.release()
+            return
+        try:
+            usher = apart.usher(self.link.sock)
+        except OSError as e:
+            self._share.ushers.release()
+            self.link.tell(Error("full", f"pocketd has no process left for the request: {e.strerror}"))
+            self.link.close("no process")
+            return
+        try:
+            try:
+                message, fds = await apart.ushered(usher)
+            finally:
+                self._ushered = False
+            self._next()
+            await self._answer(message, fds)
+        except apart.Refused as e:
+            self._next()
+            await self._say({"id": e.request.get("id"), "error": e.wire()})
+        except (Error, MessageError) as e:
+            if isinstance(e, DescriptorsLost):
+                self.link.tell(Error("full", f"pocketd: {e}"))
+            self.link.close(str(e))
+        finally:
+            usher.end(self._share.ushers.release)
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -313,6 +376,14 @@ async def _stop(c: Connection, message: Message, fds: Fds, progress: Callable[[s
     return {"stopped": await c.daemon.stop_sessions(name, c.peer, max(0, min(timeout, 600)))}
 
 
+async def _warm(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return await warming.warm(c.daemon, c.peer, wire.field(message, "name", str), progress)
+
+
+async def _cool(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
+    return warming.cool(c.daemon, c.peer, wire.field(message, "name", str))
+
+
 OPERATIONS: dict[str, Operation] = {
     "login": _login,
     "describe": _describe,
@@ -326,6 +397,8 @@ OPERATIONS: dict[str, Operation] = {
     "ps": _ps,
     "logs": _logs,
     "stop": _stop,
+    "warm": _warm,
+    "cool": _cool,
 }
 
 
@@ -417,5 +490,6 @@ class Control:
 
 def _refuse(sock: socket.socket, error: Error) -> None:
     """An answer to whatever a caller will ask, who may not ask: it has no id."""
-    with sock, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
         wire.send(sock, {"id": None, "error": error.wire()}, flags=socket.MSG_DONTWAIT)
+    apart.let_go(sock)

@@ -60,11 +60,12 @@ class Identities:
                 return uid
         raise Error("full", f"all {_NAMED} ids of ad hoc pockets are in use")
 
-    def id_map(self, owner: os.stat_result, uid: int) -> int:
-        """A user namespace that shows files of `owner` as `uid`'s. The descriptor stays ours; it is made once."""
-        key = (owner.st_uid, owner.st_gid, uid)
+    def id_map(self, owner: tuple[int, int], uid: int) -> int:
+        """A user namespace that shows files of `owner` (uid, gid) as `uid`'s. The descriptor stays ours; it is made
+        once."""
+        key = (*owner, uid)
         if key not in self._maps:
             while len(self._maps) >= 256:
                 os.close(self._maps.pop(next(iter(self._maps))))
-            self._maps[key] = namespaces.id_map((owner.st_uid, owner.st_gid), (uid, uid))
+            self._maps[key] = namespaces.id_map(owner, (uid, uid))
         return self._maps[key]

@@ -116,13 +116,16 @@ class Link:
             raise Error.unwire(message["error"])
         return message, received
 
+    def _let_go(self, sock: socket.socket) -> None:
+        sock.close()
+
     def close(self, reason: str = "closed") -> None:
         if self.sock is None:
             return
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.sock)
         loop.remove_writer(self.sock)
-        self.sock.close()
+        self._let_go(self.sock)
         self.sock = None
         for future, _ in self._waiting.values():
             if not future.done():

@@ -11,26 +11,22 @@ from contextlib import ExitStack
 
 from nsutil import processes
 from pocketd import trees, wire
-from pocketd.identities import Identities
 from pocketd.wire import Error, Message
 
 
-def notify(
-    request: Message, fd: int | None, peer: processes.Peer, identities: Identities, stack: ExitStack
-) -> list[tuple[int, Message]]:
+async def notify(request: Message, fd: int | None, peer: processes.Peer, stack: ExitStack) -> list[tuple[int, Message]]:
     """The notification socket as a tree with its place, as launch._files has them; none where the caller has none."""
     if fd is None:
         return []
     target = _beneath_run(request, "notify")
-    status = os.fstat(fd)
-    if not stat.S_ISSOCK(status.st_mode):
+    tree = await trees.make_of(peer, fd, writable=False)
+    stack.callback(os.close, tree.fd)
+    if not stat.S_ISSOCK(tree.mode):
         raise Error("bad-request", f"NOTIFY_SOCKET={target} is not a socket")
     # It was opened by O_PATH, which asks for no right to it; the worker may have one that the caller lacks.
-    if peer.uid not in (0, status.st_uid) and not status.st_mode & stat.S_IWOTH:
+    if peer.uid not in (0, tree.uid) and not tree.mode & stat.S_IWOTH:
         raise Error("forbidden", f"NOTIFY_SOCKET={target} is not the caller's to write to")
-    tree = trees.make(fd, peer.pidfd, writable=False, uid=None, identities=identities)
-    stack.callback(os.close, tree)
-    return [(tree, {"target": target, "alias": None, "directory": False})]
+    return [(tree.fd, {"target": target, "alias": None, "directory": False})]
 
 
 def credentials(request: Message, fd: int | None) -> str | None:
