@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from collections.abc import Iterator
 
 from nsutil.syscalls import libc
 
@@ -11,34 +13,55 @@ from nsutil.syscalls import libc
 IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x4, 0x40, 0x80, 0x100, 0x200
 IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
 IN_ONLYDIR = 0x01000000
+_EVENT = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, len; then the name
 _CONTENT = IN_MODIFY | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
 
 
 class Inotify:
-    """It owns its descriptor. What happened is not told: whoever is woken looks at the files themselves."""
+    """It owns its descriptor. Told is what something happened to, not what: whoever is woken looks at the files."""
 
     def __init__(self) -> None:
         fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if fd < 0:
             raise OSError(ctypes.get_errno(), f"inotify_init1: {os.strerror(ctypes.get_errno())}")
         self._fd = fd
+        self._watched: dict[int, str] = {}
 
     def add(self, directory: str) -> None:
         """Watch the names in a directory and what is written to them. Raises OSError: ENOSPC when the user's watches
         (fs.inotify.max_user_watches) are used up, FileNotFoundError, NotADirectoryError."""
-        if libc.inotify_add_watch(self._fd, os.fsencode(directory), _CONTENT | IN_ONLYDIR) < 0:
+        watch = libc.inotify_add_watch(self._fd, os.fsencode(directory), _CONTENT | IN_ONLYDIR)
+        if watch < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"inotify_add_watch {directory}: {os.strerror(number)}")
+        self._watched[watch] = directory
 
     def fileno(self) -> int:
         return self._fd
 
+    def names(self) -> list[str]:
+        """The paths that something has happened to, by the directories as they were added; "" where some were lost."""
+        found = []
+        for part in self._parts():
+            at = 0
+            while at < len(part):
+                watch, _, _, size = _EVENT.unpack_from(part, at)
+                name = part[at + _EVENT.size : at + _EVENT.size + size].rstrip(b"\0")
+                directory = self._watched.get(watch, "")
+                found.append(os.path.join(directory, os.fsdecode(name)) if name else directory)
+                at += _EVENT.size + size
+        return found
+
+    def _parts(self) -> Iterator[bytes]:
+        try:
+            while part := os.read(self._fd, 65536):
+                yield part
+        except BlockingIOError:
+            pass
+
     def drain(self) -> None:
         """Forget what was told so far."""
-        try:
-            while os.read(self._fd, 65536):
-                pass
-        except BlockingIOError:
+        for _ in self._parts():
             pass
 
     def close(self) -> None:

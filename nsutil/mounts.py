@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import stat
 import struct
 from typing import Iterable
@@ -185,6 +186,21 @@ def show(source: str, target: str) -> None:
         attach(tree, target)
     finally:
         os.close(tree)
+
+
+def overlay(directory: str, lower: int, scratch: str) -> None:
+    """Mount over `directory` what the directory open as `lower` holds, so that what is written there goes to `scratch`,
+    an empty directory of a tmpfs. linux/Documentation/filesystems/overlayfs.rst. Raises OSError where the file system
+    of `lower` cannot be a lower layer."""
+    status = os.fstat(lower)
+    upper, work = f"{scratch}/upper", f"{scratch}/work"
+    for path in (upper, work):
+        os.mkdir(path, stat.S_IMODE(status.st_mode))
+        os.chown(path, status.st_uid, status.st_gid)
+        os.chmod(path, stat.S_IMODE(status.st_mode) & 0o1777)
+    quoted = [re.sub(r"([\\,:])", r"\\\1", path) for path in (f"/proc/self/fd/{lower}", upper, work)]
+    options = "lowerdir={},upperdir={},workdir={}".format(*quoted)
+    mount("overlay", directory, "overlay", MS_NOSUID | MS_NODEV, options)
 
 
 def seal(made: Iterable[str]) -> None:

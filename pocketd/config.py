@@ -151,7 +151,6 @@ class _Loading:
             message = "is the name of a service too; services and pockets share their names, rename one"
             self.reject(name, Problem(pockets[name].file, dotted(("pocket", name)), None, message))
         self.depend()
-        self.notice_unused()
         return self.config()
 
     def default_limits(self, table: Table, kind: str) -> tuple[Limits, list[Problem]]:
@@ -260,20 +259,26 @@ class _Loading:
                 deployed = ", ".join(sorted(service.models)) or "none"
                 message = f"{model!r} is not a model of the service {service.name!r}; it has {deployed}"
                 reader.within("allow").fail("models", message)
+        self.check_held(pocket, reader, service)
         if pocket.program is not None and pocket.program.startswith("/") and service.runtime != "exec":
             message = 'is an absolute path, which only a service with runtime = "exec" runs; name it as beneath dir'
             reader.fail("program", message)
 
-    def notice_unused(self) -> None:
-        """One notice for the keys that are right and that this version does not act on."""
-        keys = [
-            dotted(("pocket", name, key))
-            for name in self.pockets
-            for key in ("warm", "checkpoint", "rehearse")
-            if key in self.parsed[name][1]
-        ]
-        if keys:
-            self.notices.append(f"this version does not act on {', '.join(keys)}: launches work, only less soon")
+    def check_held(self, pocket: Pocket, reader: Reader, service: Service) -> None:
+        """What is done ahead of time must have something that it is done for."""
+        for key in ("checkpoint", "warm"):
+            if getattr(pocket, key) and pocket.program is None:
+                reader.fail(key, "is of no use without a program; name one, or leave it out")
+        if pocket.checkpoint and service.runtime == "exec":
+            reader.fail("checkpoint", 'is of no use in a service with runtime = "exec", whose programs start afresh')
+        if pocket.checkpoint and pocket.cold:
+            reader.fail("checkpoint", "contradicts cold = true: a program that is held shares what it did until then")
+        if pocket.checkpoint is None:
+            for key in ("rehearse", "rehearse_until", "max_age"):
+                if getattr(pocket, key) is not None:
+                    reader.fail(key, 'is of no use without a checkpoint, such as checkpoint = "main"')
+        elif pocket.rehearse is None and pocket.rehearse_until is not None:
+            reader.fail("rehearse_until", "is of no use without a sample: rehearse = [ARGUMENTS]")
 
 
 def _as_the_author_sees(problem: Problem, name: str) -> Problem:

@@ -128,10 +128,12 @@ class Pocket:
     allow: Allow = Allow()
     mounts: tuple[Mount, ...] = ()
     cold: bool = False  # a fresh interpreter for each run: no page, address layout or hash seed shared with others
-    # Read, and not acted on by this version: they make launches sooner and change nothing else.
+    checkpoint: str | None = None  # where its program is held (runtime.checkpoint); None: nowhere
+    rehearse: tuple[str, ...] | None = None  # a sample's arguments, for one run ahead of time; None: there is none
+    rehearse_until: str | None = None  # "output", "rehearsed" or seconds; None: until the program ends
+    max_age: float | None = None  # seconds until a template is made anew
+    # Read, and not acted on by this version: it makes launches sooner and changes nothing else.
     warm: int = 0
-    checkpoint: str | None = None
-    rehearse: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

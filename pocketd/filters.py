@@ -102,12 +102,14 @@ class _Add(Protocol):
     def __call__(self, action: int, name: str, *arguments: tuple[int, int, int]) -> None: ...
 
 
-def compiled() -> list[bytes]:
+def compiled(*, clone3: bool = False) -> list[bytes]:
     """The filters for this machine's workers, in the order of their installation: instructions of classic BPF.
 
-    Raises Error where libseccomp is missing.
+    `clone3`: for a pocket's template, which forks into its sessions' cgroups. What it could ask for beyond that wants a
+    capability, or a user namespace, and its own lets none be made in it (runtime.confinement.seal_off). Raises Error
+    where libseccomp is missing.
     """
-    return list(_compiled())
+    return list(_compiled(clone3))
 
 
 def _library() -> Any:
@@ -119,9 +121,15 @@ def _library() -> Any:
 
 
 @functools.cache
-def _compiled() -> tuple[bytes, ...]:
+def _compiled(clone3: bool) -> tuple[bytes, ...]:
     library = _library()
-    return _program(library, library.ERRNO(errno.ENOSYS), _allow), _program(library, library.ALLOW, _forbid)
+
+    def allow(library: Any, add: _Add) -> None:
+        _allow(library, add)
+        if clone3:
+            add(library.ALLOW, "clone3")
+
+    return _program(library, library.ERRNO(errno.ENOSYS), allow), _program(library, library.ALLOW, _forbid)
 
 
 @functools.cache

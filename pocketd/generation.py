@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,10 @@ from nsutil import messages, processes
 from nsutil.messages import Fds
 from pocketd import containers, events, weights
 from pocketd.definitions import ModelFactory, ModelFile, Service
+from pocketd.held import Held
 from pocketd.link import Link
 from pocketd.promises import Promises
+from pocketd.slots import Slots
 from pocketd.templates import Progress, Templates
 from pocketd.wire import Error, Message
 
@@ -73,6 +75,8 @@ class Generation:
         self.running = False
         self.started = time.time()
         self.templates = Templates(self)
+        self.held = Held(self)
+        self.slots = Slots(self)
         self.promises = Promises(host.scopes, self.scope_name)
         self.sessions: dict[str, Session] = {}
         self.endings: dict[str, Message] = {}  # the last one that a limit was the reason of, by pocket
@@ -157,11 +161,14 @@ class Generation:
         if kept:  # what runs keeps the definition that it was made by, whatever the configuration says by now
             self.definition = Service.unwire(kept["definition"])
             self.models = kept["models"]
-        self.templates.adopt(hello["templates"])
+        self.templates.adopt([t for t in hello["templates"] if t["kind"] != "pocket"])
         assert self.tree
         ours = f"{self.tree.kernel_path}/pockets/"
         for s in hello["sessions"]:
             note = s["note"]
+            if note.get("slot"):  # an earlier pocketd's: made again when they are wanted
+                self.keep(self._end_slot(s["session"]))
+                continue
             if not str(note["leaf"]).startswith((ours, *([str(note["unit"]) + "/"] if note.get("unit") else []))):
                 if note.get("adopted") is not True:
                     continue  # nobody else's cgroup is ever ours to end
@@ -172,15 +179,25 @@ class Generation:
             self.sessions[s["session"]] = Session(
                 s["session"], note["pocket"], note, leaf, _host_pid(leaf, s["pid"]), s["started"]
             )
+        self.held.adopt([t for t in hello["templates"] if t["kind"] == "pocket"])
         for s in hello["ended"]:
             self.keep(self._end_session(s["session"], s.get("status"), s.get("error")))
+
+    async def _end_slot(self, identity: str) -> None:
+        if self.init:
+            with suppress(Error, ConnectionError):
+                (await self.init.call("end", session=identity))[1].close()
 
     # -- what init says by itself
 
     def _event(self, message: Message, fds: Fds) -> None:
         with fds:
             op = message.get("op")
-            if op == "session-ended":
+            if op == "session-ended" and self.slots.ended(message["session"]):
+                pass
+            elif op == "slot-ready":
+                self.slots.ready(message["session"])
+            elif op == "session-ended":
                 self.keep(self._end_session(message["session"], message.get("status"), message.get("error")))
             elif op == "session-born" and message["session"] in self.sessions:  # asked for by the pocketd before
                 session = self.sessions[message["session"]]
@@ -188,7 +205,7 @@ class Generation:
                     session.pid = _pid(fds.take())
             elif op == "template-ready" and message["template"] in self.templates.by_number:
                 self.templates.ready(self.templates.by_number[message["template"]], message, fds)
-            elif op == "template-ended":
+            elif op == "template-ended" and not self.held.lost(message["template"]):
                 self.templates.lost(message["template"])
 
     def _lost(self, reason: str) -> None:
@@ -224,21 +241,26 @@ class Generation:
         if leaf and session.adopted:
             leaf.close()
         elif leaf:
-            pocket = leaf.kernel_path.rsplit("/", 1)[0]
             await self.drop_leaf(leaf)
-            shared = any(s.pocket == session.pocket and s is not session for s in self.sessions.values())
-            if not shared and "unit" not in session.note:  # a unit's cgroup is its manager's to remove
-                try:
-                    with self.host.hierarchy.open(pocket) as parent:
-                        parent.remove()
-                    if self.promises.take_back(session.pocket):
-                        self._spread()
-                except OSError:
-                    pass  # another launch of this pocket has a leaf there already
         self.sessions.pop(session.id, None)
+        if leaf and not session.adopted and "unit" not in session.note:  # a unit's cgroup is its manager's to remove
+            self.drop_pocket(session.pocket)
         session.over.set()
         if not self.occupied:
             self._changed(self, None)
+
+    def drop_pocket(self, pocket: str) -> None:
+        """Remove a pocket's cgroup, when nothing of it is left in this generation."""
+        running = any(s.pocket == pocket for s in self.sessions.values())
+        if running or self.held.has(pocket) or self.slots.has(pocket) or not self.tree:
+            return
+        try:
+            with Cgroup(f"pockets/{pocket}", self.tree) as cgroup:
+                cgroup.remove()
+            if self.promises.take_back(pocket):
+                self._spread()
+        except OSError:
+            pass  # another launch of this pocket has a leaf there already
 
     def promise(self, pocket: str | None, limits: Limits) -> None:
         """A pocket's cgroup, or the service's own (None), has these limits from now on."""
@@ -307,6 +329,8 @@ class Generation:
                     session.leaf.close()
                 session.over.set()
             self.templates.close()
+            self.held.close()
+            self.slots.close()
             await self.host.scopes.end(self.scope_name, tree, patience)
         self.sessions.clear()
         shutil.rmtree(self.place, ignore_errors=True)
@@ -343,12 +367,13 @@ class Generation:
         """Leaves that no session has: their launch did not come to an end before the old pocketd did."""
         assert self.tree
         live = {s.leaf.kernel_path for s in self.sessions.values() if s.leaf}
+        live |= {holder.cgroup.kernel_path for holder in self.held}
         with Cgroup("pockets", self.tree) as pockets:
             for name in pockets.names():
                 with Cgroup(f"pockets/{name}", self.tree) as pocket:
                     for leaf_name in pocket.names():
                         leaf = Cgroup(f"pockets/{name}/{leaf_name}", self.tree)
-                        if leaf.kernel_path in live:
+                        if any(path == leaf.kernel_path or path.startswith(f"{leaf.kernel_path}/") for path in live):
                             leaf.close()
                         else:
                             await self.drop_leaf(leaf)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
 from nsutil import processes
-from pocketd import permissions
+from pocketd import permissions, warming
 from pocketd.generation import Generation, Session
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
@@ -58,6 +58,9 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
         pockets.setdefault(name, idle)
     for row in pockets.values():
         row["last"] = _last(daemon, str(row["name"]))
+        known = daemon.config.pockets.get(str(row["name"]))
+        if known:
+            row.update(warming.state(daemon, known))
     for name, problems in daemon.config.invalid.items() if peer.uid == 0 else ():
         why = "; ".join(p.message for p in problems)
         pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})

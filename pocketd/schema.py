@@ -138,6 +138,22 @@ def text(value: object) -> str:
     return value
 
 
+def argument(value: object) -> str:
+    """A word of a command line, which may be empty."""
+    if not isinstance(value, str) or "\0" in value:
+        raise Invalid("is not a text; write it in quotes")
+    return value
+
+
+def until(value: object) -> str:
+    """When a rehearsal is over: "output", "rehearsed", or a number of seconds."""
+    if value in ("output", "rehearsed"):
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 3600:
+        raise Invalid('is neither "output" nor "rehearsed" nor a number of seconds up to 3600')
+    return str(float(value))
+
+
 def choice(*words: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in words:
@@ -433,7 +449,9 @@ def pocket(name: str, reader: Reader, refusals: Refusals, path: Path | None) -> 
         cold=reader.take("cold", yes_or_no, False),
         warm=reader.take("warm", count, 0),
         checkpoint=reader.take("checkpoint", text, None),
-        rehearse=reader.take("rehearse", several(text, 'rehearse = ["sample.jpg"]'), ()),
+        rehearse=reader.take("rehearse", several(argument, 'rehearse = ["sample.jpg"]'), None),
+        rehearse_until=reader.take("rehearse_until", until, None),
+        max_age=reader.take("max_age", seconds(1, 1e9), None),
     )
     allow.finish()
     reader.finish()

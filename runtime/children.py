@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from nsutil import clone, privileges
 from pocketd.wire import Message
@@ -18,7 +18,7 @@ class Session:
     id: str
     note: Message  # pocketd's own words about it, given back by `hello` after a restart
     template: int
-    pause: clone.Child
+    pause: Optional[clone.Child]  # None: made by a pocket's template, in that one's pid namespace (runtime.holding)
     hold: Optional[socket.socket]
     leaf: int  # cgroup directory, for memory.events
     request: Any  # pocketd's id of the launch, until it is answered
@@ -31,6 +31,9 @@ class Session:
     oom_kills: int = 0  # of its cgroup before it began: an adopted one may have seen some
     ended: bool = False  # by us, so that its death is nobody else's doing
     error: Optional[Message] = None  # what is known of its death beside its status
+    events: int = -1  # its leaf's cgroup.events, where it has no pause
+    early: Optional[Tuple[int, int]] = None  # its worker's pid and status, where it ended before it was said to be born
+    waits: Optional[socket.socket] = None  # what a slot listens on, our end (runtime.slots)
     output: Optional[int] = None  # our end of the worker's standard output, in client mode
 
     def summary(self) -> Message:
@@ -54,10 +57,44 @@ class Template:
     pid: int = 0
     ready: Optional[Message] = None
     files: int = -1  # a memfd that lists what it imported (runtime.imported)
+    pause: Optional[clone.Child] = None  # of a pocket's template
+    pause_ended: bool = False
+    namespace: int = -1  # of a pocket's template: its mount namespace, from before anything of its program ran
+    layers: List[List[int]] = field(
+        default_factory=list
+    )  # mounts in it that take what rehearsals write, the last on top
     tail: List[bytes] = field(default_factory=list)  # its last lines, for the error when it does not get ready
 
     def summary(self) -> Message:
         return {"template": self.number, "kind": self.kind, "note": self.note, "pid": self.pid, "ready": self.ready}
+
+
+def processes_of(leaf: int) -> List[int]:
+    """The pids in a cgroup, whose directory is open as `leaf`."""
+    try:
+        fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
+    except OSError:
+        return []
+    with open(fd, "rb") as f:
+        return [int(line) for line in f]
+
+
+def is_child(pid: int) -> bool:
+    """Whether a process is a child of this one (proc_pid_stat(5); its name, which it chooses, may be anything)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return int(f.read().rpartition(b")")[2].split()[1]) == os.getpid()
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def cgroup_of(pid: int) -> Optional[str]:
+    """A process's cgroup, as long as it is not reaped."""
+    try:
+        with open(f"/proc/{pid}/cgroup") as f:
+            return next((line[3:].rstrip("\n") for line in f if line.startswith("0::")), None)
+    except OSError:
+        return None
 
 
 def by_default(pid: int, number: int) -> bool:

@@ -61,6 +61,7 @@ def steps(message: Message, filters: Sequence[bytes]) -> Tuple[Tuple[str, Callab
         ("groups", privileges.leave_groups),
         ("ids", lambda: privileges.become(uid, gid, keep=True)),
         ("user namespace", lambda: alone(uid, gid)),
+        *((("no user namespace beneath", lambda: seal_off(message["hold"]["sysctl"])),) if "hold" in message else ()),
         ("capabilities", privileges.drop_capabilities),
         ("dumpable", lambda: privileges.dumpable(False)),  # until app code starts
         ("Landlock", lambda: landlock.restrict(*places(message)) if landlock.abi() else None),
@@ -74,14 +75,29 @@ def alone(uid: int, gid: int) -> None:
         privileges.drop_bounding_set()  # full again in a new one
 
 
+def homes_of(message: Message) -> List[str]:
+    """Its caller's home; a pocket's template has one for each caller that its definition names."""
+    return message.get("homes") or [message["home"]] if message["home"] or message.get("homes") else []
+
+
+def seal_off(sysctl: int) -> None:
+    """No user namespace can be made in this one any more: a template must be let call clone3, whose flags no filter
+    sees, and all others want a capability. `sysctl` (worker.prepare_to_hold) is closed. Raises OSError where this
+    process has no user namespace of its own."""
+    fd = os.open("user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sysctl)
+    os.close(sysctl)
+    os.write(fd, b"0")
+    os.close(fd)
+
+
 def places(message: Message) -> Tuple[List[str], Iterable[str]]:
     """What a worker may change, and what it may write to: devices, and the files of its own processes in /proc."""
     writable = ["/tmp", "/dev/shm", "/dev/mqueue"]
-    if message["home"]:
-        writable.append(message["home"])
+    writable += homes_of(message)
     for place in message["mounts"]:
         if place.get("writable"):
             writable += [path for path in (place["target"], place.get("alias")) if path]
+    writable += [f"/proc/self/fd/{fd}" for fd in message.get("hold", {}).get("shown", ())]
     return writable, ("/proc", "/dev")
 
 

@@ -38,12 +38,13 @@ LIBRARY = "/run/pocketd/lib"
 # What init and its templates may. Only KILL is for them, since init passes signals on: by the others their workers take
 # their places, before they give all up. SYS_ADMIN: mounts, namespaces, the pid (set_tid) of a clone. NET_ADMIN: a
 # loopback interface. SETUID, SETGID, SETPCAP: an identity. CHOWN, FOWNER, MKNOD: homes, credentials, devices.
-# DAC_OVERRIDE: directories, files of a service's python and cgroups that are not root's.
+# SYS_CHROOT: setns(2) to a mount namespace (runtime.holding). DAC_OVERRIDE: directories, files of a service's python
+# and cgroups that are not root's.
 KEPT = frozenset(
     (
         *(privileges.CAP_SYS_ADMIN, privileges.CAP_NET_ADMIN, privileges.CAP_SETUID, privileges.CAP_SETGID),
         *(privileges.CAP_SETPCAP, privileges.CAP_CHOWN, privileges.CAP_FOWNER, privileges.CAP_MKNOD),
-        *(privileges.CAP_DAC_OVERRIDE, privileges.CAP_KILL),
+        *(privileges.CAP_DAC_OVERRIDE, privileges.CAP_KILL, privileges.CAP_SYS_CHROOT),
     )
 )
 

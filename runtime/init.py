@@ -20,12 +20,14 @@ import struct
 import time
 from typing import Any, Callable, Dict, Optional
 
-from nsutil import clone, messages, namespaces
+from nsutil import clone, messages, namespaces, processes
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import log, oom
-from runtime.children import Session, Template, by_default, start_template
+from runtime.children import Session, Template, by_default, cgroup_of, start_template
+from runtime.holding import Holding
+from runtime.slots import Slots
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
@@ -34,7 +36,7 @@ NEVER = float("inf")
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
 
-class Init:
+class Init(Holding, Slots):
     def __init__(self, listener: socket.socket, log_fd: int):
         self.listener = listener
         self.log = log.Log(log_fd)
@@ -43,10 +45,10 @@ class Init:
         self.daemon: Optional[socket.socket] = None
         self.sessions: Dict[str, Session] = {}
         self.templates: Dict[int, Template] = {}
-        self.pauses: Dict[int, Session] = {}
+        self.pauses: Dict[int, Any] = {}  # of sessions, and of pockets' templates
         self.unclaimed: Dict[int, int] = {}  # statuses that came before a template named the pid
         self.launches = 0  # numbers, since a template must not learn a session's name
-        self.launching: Dict[int, Session] = {}
+        self.launching: Dict[int, Any] = {}  # sessions, and pockets' templates
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
         self.spare: Optional[clone.Child] = None  # the next session's pause
         self.kept: Any = None
@@ -57,8 +59,8 @@ class Init:
 
     # -- the loop
 
-    def watch(self, fd: int, handler: Callable[[], object]) -> None:
-        self.epoll.register(fd, select.EPOLLIN)
+    def watch(self, fd: int, handler: Callable[[], object], events: int = select.EPOLLIN) -> None:
+        self.epoll.register(fd, events)
         self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
@@ -300,7 +302,12 @@ class Init:
                     child.pid = message["pid"]
             elif operation in ("forked", "refused"):
                 session = self.launching.pop(message.get("launch", 0), None)
-                if session and session.id in self.sessions:
+                if isinstance(session, Template):
+                    if operation == "forked":
+                        session.pid = message["pid"]
+                    else:
+                        self.refuse_template(session, message.get("error"))
+                elif session and session.id in self.sessions:
                     if operation == "forked":
                         self.born(session, message["pid"], fds.take())
                     else:
@@ -318,7 +325,9 @@ class Init:
     def on_retire(self, message: Message, fds: Fds) -> None:
         """A template is not needed any more: it serves what was asked of it and ends, as at a closed socket."""
         t = self.templates.get(message["template"])
-        if t:
+        if t and t.kind == "pocket":
+            self.end_held(t)
+        elif t:
             t.talk.shutdown(socket.SHUT_WR)
 
     def on_files(self, message: Message, fds: Fds) -> None:
@@ -337,6 +346,8 @@ class Init:
         if t.files >= 0:
             os.close(t.files)
         self.templates.pop(t.number, None)
+        if t.kind == "pocket":
+            self.end_held(t)
         for s in [s for s in self.sessions.values() if s.template == t.number and not s.pid]:
             self.fail(s, Error("template", f"template {t.number} ended during the launch"))
         self.tell({"op": "template-ended", "template": t.number, "kind": t.kind})
@@ -359,7 +370,9 @@ class Init:
         t = self.templates.get(message["template"])
         if not t or not t.ready:
             raise Error("no-template", f"template {message['template']} is not ready")
+        # From a pocket's template: its leaf again, as the template may have it, in place of orders.
         leaf, session_fd, hold_fd, orders = fds.take(), fds.take(), fds.take(), fds.take()
+        held = t.kind == "pocket"
         try:
             hold = hold_socket(hold_fd)
         except Error:
@@ -367,7 +380,7 @@ class Init:
                 os.close(fd)
             raise
         try:
-            pause = self.take_pause()
+            pause = None if held else self.take_pause()
         except OSError:
             hold.close()
             for fd in (leaf, session_fd, orders):
@@ -380,15 +393,20 @@ class Init:
         )
         if s.note.get("adopted") is True:  # one of our own is used once
             s.oom_kills = oom.kills(leaf)
-        self.sessions[identity] = self.pauses[pause.pid] = s
+        self.sessions[identity] = self.launching[s.launch] = s
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
+        if pause is None:
+            self.launch_held(t, s, orders, session_fd)
+            os.close(session_fd)
+            os.close(orders)
+            return
+        self.pauses[pause.pid] = s
         passed = [leaf, pause.pidfd, session_fd, orders, *fds]
         out = None
         if message["mode"] == "client":
             s.output, out = os.pipe2(os.O_CLOEXEC)
             self.watch(s.output, lambda: self.drain_worker(s))
             passed.insert(4, out)
-        self.launching[s.launch] = s
         try:
             wire.send(t.talk, {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}, passed)
         except OSError as e:
@@ -398,6 +416,9 @@ class Init:
             os.close(orders)
             if out is not None:
                 os.close(out)
+
+    def hold_of(self, fd: int) -> socket.socket:
+        return hold_socket(fd)
 
     def take_pause(self) -> clone.Child:
         """A pause process, made ahead of time where there is one: a launch need not wait for it.
@@ -417,11 +438,12 @@ class Init:
     def born(self, s: Session, pid: int, pidfd: int) -> None:
         s.pid, s.pidfd, s.started = pid, pidfd, time.time()
         head = {"op": "session-born", "session": s.id} if s.request is None else {"id": s.request, "ok": True}
-        self.tell({**head, "pid": pid}, [pidfd])
+        self.tell({**head, "pid": pid}, [pidfd] if pidfd >= 0 else [])
         s.request = None
         if pid in self.unclaimed:  # it ended before its template could say that it was born
             self.died(s, self.unclaimed.pop(pid))
-        self.make_spare()
+        if s.pause:
+            self.make_spare()
 
     def fail(self, s: Session, error: Error) -> None:
         """A launch that did not come to a worker."""
@@ -441,8 +463,10 @@ class Init:
     def hear_caller(self, s: Session) -> None:
         assert s.hold
         try:
+            if messages.carries(s.hold):  # left where they are: to close them may be to wait (pocketd.apart)
+                raise MessageError("descriptors")
             message, fds = wire.receive(s.hold, socket.MSG_DONTWAIT, wire.SIGNAL)
-            fds.close()
+            fds.rest()  # none, unless the caller, whose socket this is too, has just taken what was looked at
         except BlockingIOError:
             return
         except (EOFError, OSError, MessageError):
@@ -480,6 +504,9 @@ class Init:
 
     def kill(self, s: Session) -> None:
         s.ended = True
+        if s.pause is None:
+            self.kill_leaf(s)
+            return
         try:
             signal.pidfd_send_signal(s.pause.pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -488,7 +515,7 @@ class Init:
     def close_hold(self, s: Session) -> None:
         if s.hold:
             self.unwatch(s.hold.fileno())
-            s.hold.close()
+            let_go(s.hold, s.note.get("caller") == 0)
             s.hold = None
 
     # -- reaping
@@ -498,7 +525,11 @@ class Init:
         templates = {t.pid: t for t in self.templates.values()}
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | WALL)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL)
+                if ended is None:
+                    break
+                cgroup = cgroup_of(ended.si_pid) if self.held_waits() else None  # as long as it is not reaped
+                pid, status = os.waitpid(ended.si_pid, os.WNOHANG | os.WUNTRACED | WALL)
             except ChildProcessError:
                 break
             if not pid:
@@ -509,13 +540,14 @@ class Init:
             elif pid in by_pid:
                 self.died(by_pid[pid], status)
             elif pid in self.pauses:
-                self.over(self.pauses.pop(pid))
+                owner = self.pauses.pop(pid)
+                self.over(owner) if isinstance(owner, Session) else self.pause_over(owner)
             elif pid in templates:
                 templates[pid].pid = 0  # its socket tells the rest
             elif self.spare and pid == self.spare.pid:
                 os.close(self.spare.pidfd)
                 self.spare = None
-            elif any(not s.pid for s in self.sessions.values()):
+            elif not self.claim(pid, status, cgroup) and any(not s.pid for s in self.sessions.values()):
                 self.unclaimed[pid] = status
         if not any(not s.pid for s in self.sessions.values()):
             self.unclaimed.clear()  # strangers, made our children by CLONE_PARENT: reaped, nothing kept
@@ -523,6 +555,9 @@ class Init:
     def died(self, s: Session, status: int) -> None:
         """The worker has ended: its caller hears at once; what it left behind ends now."""
         s.status = status
+        if s.waits:
+            self.drop_waits(s)
+            self.answer(s, Error("held", "the slot ended before its program began"))
         message: Message = {"op": "exit", "status": status}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended
         if killed and oom.kills(s.leaf) > s.oom_kills:
@@ -538,6 +573,7 @@ class Init:
 
     def over(self, s: Session) -> None:
         """The session's pid namespace is empty."""
+        self.drop_waits(s)
         if s.status is None and s.request is None and s.pid:
             try:
                 _, s.status = os.waitpid(s.pid, os.WNOHANG | WALL)
@@ -554,10 +590,12 @@ class Init:
                 pass
             self.unwatch(s.output)
             os.close(s.output)
-        for fd in (s.pidfd, s.pause.pidfd, s.leaf):
+        for fd in (s.pidfd, s.pause.pidfd if s.pause else -1, s.leaf):
             if fd >= 0:
                 os.close(fd)
         self.sessions.pop(s.id, None)
+        if s.pause is None:
+            self.held_over(s)
         self.launching.pop(s.launch, None)
         ended: Message = {"session": s.id, "note": s.note, "status": s.status}
         if s.error:
@@ -579,6 +617,23 @@ def hold_socket(fd: int) -> socket.socket:
         sock.detach()
         raise Error("bad-request", "the hold socket is not a unix socket of type SOCK_SEQPACKET")
     return sock
+
+
+def let_go(hold: socket.socket, trusted: bool) -> None:
+    """Close a hold socket. The last close of it closes the descriptors that are in flight in it too, and may wait for
+    whoever made them: where that is not root, a child has the last one, and ends without waiting (pocketd.apart)."""
+    hold.shutdown(socket.SHUT_RDWR)  # its caller hears of it whoever else has a descriptor
+    if not trusted:
+        try:
+            child = clone.fork()
+        except OSError:
+            hold.detach()  # better open for ever
+            return
+        if child is None:
+            processes.close_others([hold.fileno()])
+            os._exit(0)
+        os.close(child.pidfd)
+    hold.close()
 
 
 def _credentials(sock: socket.socket) -> Any:

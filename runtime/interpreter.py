@@ -21,9 +21,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Container, Dict, List, NoReturn, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
-from nsutil.syscalls import SYS_CLOSE_RANGE, libc, syscall
+from nsutil.syscalls import libc
 from pocketd import wire
 from pocketd.wire import Message
 from runtime import frames
@@ -102,16 +102,6 @@ class Clean:
         gc.enable()
 
 
-def close_others(keep: Container[int]) -> None:
-    """Close every descriptor but 0, 1, 2 and those in `keep`."""
-    first = 3
-    for fd in sorted(k for k in keep if k > 2):  # type: ignore[attr-defined]
-        if fd > first:
-            syscall(SYS_CLOSE_RANGE, first, fd - 1, 0, call="close_range")
-        first = fd + 1
-    syscall(SYS_CLOSE_RANGE, first, 0xFFFFFFFF, 0, call="close_range")
-
-
 def environment(start: Message) -> Dict[bytes, bytes]:
     """The caller's environment, as it is, but for variables that say which process they are for: that is this one."""
     pairs = wire.field(start, "environment", list, [])
@@ -122,8 +112,9 @@ def environment(start: Message) -> Dict[bytes, bytes]:
     return found
 
 
-def adopt(start: Message) -> None:
-    """Take over the caller's environment, directory, umask, limits, signals, locale, time zone and streams."""
+def adopt(start: Message, streams: Optional[Callable[[], object]] = None) -> None:
+    """Take over the caller's environment, directory, umask, limits, signals, locale, time zone, and standard streams,
+    which `streams` makes."""
     os.environ.clear()
     os.environb.update(environment(start))
     os.umask(wire.field(start, "umask", int, 0o022) & 0o777)
@@ -133,7 +124,7 @@ def adopt(start: Message) -> None:
     dispositions(wire.field(start, "ignored", list, []))
     set_locale()
     time.tzset()
-    set_streams()
+    (streams or set_streams)()
 
 
 def change_directory(start: Message) -> None:
@@ -215,17 +206,30 @@ def set_streams() -> None:
 
 
 def make_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
+    kind: Any = io.BufferedReader if mode == "r" else io.BufferedWriter
+    text = io.TextIOWrapper.__new__(io.TextIOWrapper)
+    open_stream(text, kind.__new__(kind), fd, name, mode)
+    return text
+
+
+def open_stream(text: Any, buffer: Any, fd: int, name: str, mode: str) -> None:
+    """Make a standard stream, or make it anew, of these two objects, which a program may have kept.
+
+    `buffer` is not used where the environment wants output unbuffered.
+    """
     encoding, errors = stream_encoding()
     if name == "stderr":
         errors = "backslashreplace"
     unbuffered = mode == "w" and bool(os.environ.get("PYTHONUNBUFFERED"))
-    buffer: Any = open(fd, mode + "b", buffering=0 if unbuffered else -1, closefd=False)
-    raw = buffer if unbuffered else buffer.raw
+    raw: Any = io.FileIO(fd, mode + "b", closefd=False)
     raw.name = f"<{name}>"
+    if not unbuffered:
+        size = os.fstat(fd).st_blksize
+        buffer.__init__(raw, size if size > 1 else io.DEFAULT_BUFFER_SIZE)  # as open() does
     line = name == "stderr" or raw.isatty()
-    stream = io.TextIOWrapper(buffer, encoding, errors, newline="\n", line_buffering=line, write_through=unbuffered)
-    stream.mode = mode  # type: ignore[misc]
-    return stream
+    below = raw if unbuffered else buffer
+    text.__init__(below, encoding, errors, newline="\n", line_buffering=line, write_through=unbuffered)
+    text.mode = mode
 
 
 def stream_encoding() -> Tuple[str, str]:

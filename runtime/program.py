@@ -16,20 +16,28 @@ import signal
 import sys
 import types
 import warnings
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 from nsutil import processes
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import frames, hints, interpreter
+from runtime import frames, hints, interpreter, recorded
 
 _HERE = os.path.dirname(__file__)
 
 
-def run(start: Message, orders: Message) -> int:
+Compiler = Callable[[bytes, str], Any]
+
+
+def compiled(source: bytes, path: str) -> Any:
+    return compile(source, path, "exec", dont_inherit=True)
+
+
+def run(start: Message, orders: Message, compiler: Compiler = compiled) -> int:
     """Run what `start` names and return its exit status. An uncaught KeyboardInterrupt ends the process by SIGINT.
 
-    `orders`: pocketd's word about the pocket, for the hint at a failure for want of a right.
+    `orders`: pocketd's word about the pocket, for the hint at a failure for want of a right. `compiler`: makes code of
+    a program's file.
     """
     kind, name = wire.field(start, "kind", str), os.fsdecode(wire.field(start, "program", bytes))
     arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
@@ -41,9 +49,12 @@ def run(start: Message, orders: Message) -> int:
     if "packages" in start:
         put_packages_first(wire.field(start, "packages", str))
     signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
-    runner = {"file": run_file, "module": run_module, "code": run_code}[kind]
     try:
-        return runner(name)
+        if kind == "file":
+            return run_file(name, compiler)
+        return {"module": run_module, "code": run_code}[kind](name)
+    except recorded.Ours:
+        raise
     except BaseException as e:
         failure = e
     code = fail(failure)
@@ -156,7 +167,7 @@ def absolute(name: str) -> str:
     return os.getcwd() if name in ("", ".") else f"{os.getcwd()}/{name}"
 
 
-def run_file(name: str) -> int:
+def run_file(name: str, compiler: Compiler) -> int:
     if name == "-":
         return run_input()
     path = absolute(name)
@@ -184,7 +195,7 @@ def run_file(name: str) -> int:
         code = marshal.loads(source[16:])
     else:
         namespace["__loader__"] = importlib.machinery.SourceFileLoader("__main__", path)
-        code = compile(source, path, "exec", dont_inherit=True)
+        code = compiler(source, path)
     execute(code, namespace)
     return 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Any
+from typing import Any, Collection
 
 
 def _number(bits: int) -> int:
@@ -23,19 +23,20 @@ def _module(name: str) -> Any:
     return sys.modules.get(name)
 
 
-def renew() -> None:
-    """Reseed, from os.urandom, every global generator of this process. Call it in each child, after `clone.revive()`:
-    TensorFlow's and Keras' states are variables, set by operations."""
-    random.seed()  # without an argument: from os.urandom
+def renew(kept: Collection[str] = ()) -> None:
+    """Reseed, from os.urandom, every global generator of this process but those in `kept` (runtime.seeds). Call it in
+    each child, after `clone.revive()`: TensorFlow's and Keras' states are variables, set by operations."""
+    if "random" not in kept:
+        random.seed()  # without an argument: from os.urandom
     if tempfile := _module("tempfile"):
         tempfile._name_sequence = None  # made anew at the next name; by itself it only looks whether getpid() changed
     if _ssl := _module("_ssl"):
         _ssl.RAND_add(os.urandom(32), 32.0)  # mixed in; OpenSSL itself only looks whether getpid() changed
-    if numpy_random := _module("numpy.random"):
+    if "numpy" not in kept and (numpy_random := _module("numpy.random")):
         numpy_random.seed([_number(32) for _ in range(8)])
-    if torch := _module("torch"):
+    if "torch" not in kept and (torch := _module("torch")):
         torch.default_generator.manual_seed(_number(63))
-    if context := _module("tensorflow.python.eager.context"):
+    if "tensorflow" not in kept and (context := _module("tensorflow.python.eager.context")):
         _renew_tensorflow(context)
 
 

@@ -137,6 +137,7 @@ def fork_worker(
             flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
         )
         if child is None:
+            template.ancestors = avoid
             worker.run(template, session, orders, handed, clean)
     except OSError as e:
         error = Error("fork", f"the template could not fork: {e}")

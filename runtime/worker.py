@@ -19,8 +19,8 @@ from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, interpreter, program, randomness, session
-from runtime.confinement import Masks, confine
+from runtime import cold, held, interpreter, program, randomness, session, slot
+from runtime.confinement import EMPTY, confine, homes_of
 
 ORDERS = 1 << 20  # bytes, at most
 CREDENTIALS = 1 << 20  # bytes, all together (systemd.exec(5), LoadCredential=); as much again for names and pages
@@ -37,17 +37,39 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
     sock = socket.socket(fileno=session_fd)
     try:
         os.setsid()
-        interpreter.close_others({session_fd, orders, *handed, *template.reopen})
+        processes.close_others({session_fd, orders, *handed, *template.reopen})
         message = wire.unpack(memory.read_sealed(orders, ORDERS))
         os.close(orders)
         for fd in template.reopen:
             clone.reopen(fd)
-        output = handed.pop(0) if message["mode"] == "client" else None
+        output = handed.pop(0) if message["mode"] in ("client", "hold") else -1
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)
         secrets = handed.pop() if message.get("credentials") else None
-        settle(message, handed, secrets, template.masks)
-        confine(message, template.begin.get("filters", ()))
+        hold = message.get("hold")
+        cgroup = handed.pop() if hold else -1
+        settle(message, handed, secrets, template)
+        if hold:
+            enter(cgroup)
+            hold["shown"] = lay_over(message, sock)
+        confine(message, hold["filters"] if hold else template.begin.get("filters", ()))
+        if hold:
+            for fd in hold["shown"]:
+                os.close(fd)
+            privileges.dumpable(True)
+            revive(message.get("pids_max"))
+            randomness.renew()
+            clean.restore()
+            code = held.Held(template, sock, message, output).run()
+            interpreter.finish(code, full=message["exit"] == "full")
+        waited = message.get("slot") is True
+        if waited:
+            revive(message.get("pids_max"))
+            randomness.renew()
+            clean.restore()
+            own, sock = sock, slot.wait(sock)
+            wire.send(own, {"op": "taken"})
+            own.close()
         start, fds = wire.receive(sock)
         if start.get("mode") != message["mode"]:
             raise Error("bad-request", f"the login was for mode {message['mode']}, the start message is for another")
@@ -60,9 +82,10 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
             sock.close()
             cold.run(template.begin, start, difference)
         privileges.dumpable(True)
-        revive(message.get("pids_max"))
-        randomness.renew()
-        clean.restore()
+        if not waited:
+            revive(message.get("pids_max"))
+            randomness.renew()
+            clean.restore()
         if message["mode"] == "client":
             processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
             code = session.serve(sock, start, template.runtime, template.models, message["directory"])
@@ -77,6 +100,56 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
     except BaseException as e:
         tell(sock, e)
     os._exit(code)
+
+
+def prepare_to_hold(ancestors: Tuple[int, ...]) -> int:
+    """A pocket's template forks by itself, when it may do nothing any more: its children's pids shall begin above those
+    of all templates that they descend from. Returns /proc/sys as it can be written now, for `confinement.seal_off`."""
+    sysctl = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open("kernel/ns_last_pid", os.O_WRONLY | os.O_CLOEXEC, dir_fd=sysctl)
+    os.write(fd, str(max(*ancestors, os.getpid())).encode())
+    os.close(fd)
+    return sysctl
+
+
+def enter(cgroup: int) -> None:
+    """Move to a leaf of its own beneath the cgroup that it was born in, at which its cgroup namespace is rooted by now:
+    it forks into that one's other children. Takes over `cgroup`."""
+    fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
+    os.write(fd, b"0")
+    os.close(fd)
+    os.close(cgroup)
+
+
+LAYERS = 3  # the sample runs three times: before, in, and after the rehearsal
+
+
+def lay_over(message: Message, sock: socket.socket) -> List[int]:
+    """Cover what a pocket's template may write with layers that take what is written, one for each run of its sample,
+    and hand them to init, which takes them off one by one. Returns descriptors of all that is or will be there."""
+    shown: List[int] = []
+    layers: List[int] = []
+    places = [p for p in message["mounts"] if p["writable"]] if message["hold"]["rehearse"] is not None else []
+    if places:
+        mounts.tmpfs(EMPTY, size=message["tmp"])
+        for number in range(LAYERS):
+            for n, place in enumerate(places):
+                if not number:
+                    shown.append(os.open(place["target"], os.O_PATH | os.O_CLOEXEC))
+                scratch = f"{EMPTY}/{number}-{n}"
+                os.mkdir(scratch)
+                mounts.overlay(place["target"], shown[n], scratch)
+                layers.append(os.open(place["target"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                if place.get("alias"):
+                    copy = mounts.open_tree(place["target"])
+                    mounts.attach(copy, place["alias"])
+                    os.close(copy)
+                    layers.append(os.open(place["alias"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        mounts.unmount(EMPTY)
+    namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    wire.send(sock, {"op": "layers", "count": LAYERS if places else 0}, [namespace, *layers])
+    os.close(namespace)
+    return shown + layers
 
 
 def revive(pids_max: Optional[str]) -> None:
@@ -100,7 +173,7 @@ def tell(sock: socket.socket, e: BaseException) -> None:
         os.write(2, f"pocket: {error.message}\n".encode())
 
 
-def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Masks) -> None:
+def settle(message: Message, trees: List[int], secrets: Optional[int], template: Any) -> None:
     """Take a place of one's own: cgroup namespace, host name, network, and the pocket's view of files."""
     namespaces.unshare(namespaces.CLONE_NEWCGROUP)
     namespaces.set_hostname(message["hostname"])
@@ -109,18 +182,20 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], masks: Ma
     m = mounts
     made: List[str] = []
     owner = message["uid"], message["gid"]
-    home, places = message["home"], message["mounts"]
-    if not all(os.path.lexists("/" + path.split("/")[1]) for path in (home or "/usr", *(p["target"] for p in places))):
+    homes, places = homes_of(message), message["mounts"]
+    if not all(os.path.lexists("/" + path.split("/")[1]) for path in (*homes, *(p["target"] for p in places))):
         m.writable_root(made, owner)
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
-    masks.apply()
+    if "hold" in message:
+        message["hold"]["sysctl"] = prepare_to_hold(template.ancestors)
+    template.masks.apply()
     m.cover("/tmp", size=message["tmp"], mode=0o1777)
     m.tmpfs("/dev/shm", size=message["shm"], mode=0o1777)
     m.mount("mqueue", "/dev/mqueue", "mqueue", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
     m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,max=256")
-    if home and not os.path.isdir(home):
-        make_point(home, True, made, owner)
-    if home:
+    for home in homes:
+        if not os.path.isdir(home):
+            make_point(home, True, made, owner)
         m.cover(home, size=message["tmp"], mode=0o700)
         os.chown(home, message["uid"], message["gid"])
     if secrets is not None:
@@ -229,9 +304,9 @@ def refuse_ways_out(fd: int) -> None:
         raise Error("bad-request", text)
 
 
-def take_stdio(start: Message, fds: List[int], output: Any) -> None:
+def take_stdio(start: Message, fds: List[int], output: int) -> None:
     """Standard input, output and error: the caller's in program mode; nothing and the service's log in client mode."""
-    if output is not None:
+    if output >= 0:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         fds, present = [null, output, os.dup(output)], [0, 1, 2]
     else:

@@ -29,6 +29,7 @@ usage: pocket SERVICE on | off               switch a service on or off (also: p
        pocket allow | deny [--persist] NAME RIGHT...
                                               rights of a pocket's next launches: network=host, model=NAME,
                                               write=PATH, device=/dev/NAME, mount=SRC[:DST][:rw]
+       pocket warm NAME | cool NAME           hold a pocket at its checkpoint, ready to go on from there; give that up
        pocket inspect [--privileges] NAME     a definition, and the limits that hold; or what its workers may do
 
 Options of all but run: --json, --runtime-dir DIR (or POCKETD_RUNTIME_DIR)
@@ -218,6 +219,35 @@ def _several(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def warm(options: Options) -> None:
+    if len(options.words) != 1:
+        usage("warm needs the name of one pocket")
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("warm", progress=progress, name=options.words[0]))
+    if options.json:
+        print(json.dumps(reply, indent=1))
+        return
+    name = reply["name"]
+    if "threads" in reply:
+        how = "held and rehearsed" if reply["rehearsed"] else "held"
+        print(f"{name} is {how}: {reply['seconds'] or 0:.2f} s to its checkpoint, {reply['threads']} threads")
+    if reply["slots"]:
+        print(f"{name}: {reply['slots']} slots")
+    for what in reply.get("unsure", ()):
+        print(f"{name}: its runs share the state of a {what}: make it after the checkpoint")
+
+
+def cool(options: Options) -> None:
+    if len(options.words) != 1:
+        usage("cool needs the name of one pocket")
+    with Control(options.runtime_dir) as control:
+        reply = _plain(control.call("cool", name=options.words[0]))
+    if options.json:
+        print(json.dumps(reply, indent=1))
+    else:
+        print(f"{reply['name']} is {'already ' if reply['already'] else ''}cool")
+
+
 def allow(options: Options) -> None:
     change_rights(options, True)
 
@@ -268,6 +298,8 @@ VERBS = {
     "inspect": inspect,
     "allow": allow,
     "deny": deny,
+    "warm": warm,
+    "cool": cool,
 }
 
 if __name__ == "__main__":

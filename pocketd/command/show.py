@@ -24,9 +24,12 @@ def table(reply: dict[str, Any]) -> str:
             ],
         ),
         columns(
-            ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED"),
+            ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED", "HELD"),
             [
-                (p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged")))
+                (
+                    *(p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged"))),
+                    held(p),
+                )
                 for p in reply["pockets"]
             ],
         ),
@@ -54,7 +57,16 @@ def table(reply: dict[str, Any]) -> str:
         for p in reply["pockets"]
         if p.get("last")
     ]
+    for key in ("why_not_held", "why_not_rehearsed"):
+        failed += [f"{p[key].splitlines()[0]}\n" for p in reply["pockets"] if p.get(key)]
     return "\n".join(part for part in parts if part) + ("\n" + "".join(failed) if failed else "")
+
+
+def held(row: dict[str, Any]) -> str:
+    """Whether a pocket is held at its checkpoint, and what of its memory is its template's own."""
+    if row.get("held") in ("held", "rehearsed"):
+        return f"{row['held']}, {size(row['template_private'])}"
+    return row.get("held") or "-"
 
 
 def inspection(reply: dict[str, Any]) -> str:

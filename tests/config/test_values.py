@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pocketd import config
@@ -125,12 +127,31 @@ def test_a_user_by_name_runs_with_that_users_ids(load):
     assert load(pocket('run_as = "daemon"')).pockets["p"].run_as == User(1, 1)
 
 
-def test_optimisations_of_later_versions_are_read_and_told_once(load):
-    found = load(pocket('warm = 2\ncheckpoint = "main"\nrehearse = ["a.jpg"]'))
-    assert not found.problems
-    [notice] = found.notices
-    assert "pocket.p.warm, pocket.p.checkpoint, pocket.p.rehearse" in notice
-    assert found.pockets["p"].warm == 2 and found.pockets["p"].checkpoint == "main"
+def test_what_is_done_ahead_of_time(load):
+    more = 'program = "p.py"\nwarm = 2\ncheckpoint = "main"\nrehearse = ["a.jpg"]\nrehearse_until = 2\nmax_age = 60'
+    found = load(pocket(more))
+    assert not found.problems and not found.notices
+    p = found.pockets["p"]
+    assert (p.warm, p.checkpoint, p.rehearse, p.rehearse_until, p.max_age) == (2, "main", ("a.jpg",), "2.0", 60)
+    assert load(pocket('program = "p.py"\ncheckpoint = "main"\nrehearse = []')).pockets["p"].rehearse == ()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ('checkpoint = "main"', "checkpoint.*without a program"),
+        ("warm = 1", "warm.*without a program"),
+        ('program = "p.py"\nrehearse = []', "rehearse.*without a checkpoint"),
+        ('program = "p.py"\nmax_age = 3', "max_age.*without a checkpoint"),
+        ('program = "p.py"\ncheckpoint = "main"\ncold = true', "contradicts cold"),
+        ('program = "p.py"\ncheckpoint = "main"\nrehearse_until = "output"', "without a sample"),
+        ('program = "p.py"\ncheckpoint = "main"\nrehearse = []\nrehearse_until = "never"', "neither"),
+        ('program = "p.py"\ncheckpoint = "main"\nrehearse = ["a\\u0000"]', "not a text"),
+    ],
+)
+def test_what_is_done_ahead_of_time_for_nothing(load, keys, words):
+    [problem] = load(pocket(keys)).problems
+    assert re.search(words, f"{problem.key} {problem.message}"), problem
 
 
 def test_a_caller_whom_the_host_does_not_know_is_worth_a_notice(load):

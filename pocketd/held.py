@@ -1,0 +1,438 @@
+"""Pockets' templates of one generation: made when a pocket is run, or warmed, and given up when what they saw changes.
+
+A launch never waits for one: while there is none that is ready it goes the long way, from the root template. A template
+is its pocket's own code, in its pocket's own cgroup, and is believed as little as any worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cgroup.limits import CONTROLLERS
+from cgroup.node import Cgroup
+from nsutil import mounts, processes
+from pocketd import events, filters, orders, shown, warming
+from pocketd.definitions import Pocket
+from pocketd.files import Files
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+    from pocketd.generation import Generation, Session
+    from pocketd.templates import Progress, Template
+
+NUMBERS = 1 << 20  # above those of the service's own templates
+HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint
+QUIET = 2.0  # seconds without a change of the pocket's files before it is held again
+BACKOFF = 10.0  # seconds before a template that died is made again
+
+
+@dataclass
+class Holder:
+    """One pocket's template. Owns its cgroup's descriptors."""
+
+    pocket: str
+    definition: Pocket | None  # None: an earlier pocketd's, which is being given up
+    number: int
+    cgroup: Cgroup  # it and its sessions' leaves are beneath
+    parent: Template | None = None
+    place: int = -1  # the same, as a mount of its own with no way up: for descriptors that the template gets
+    uid: int = 0
+    homes: tuple[str, ...] = ()
+    pid: int = 0
+    ready: bool = False
+    stale: str | None = None  # why no launch comes from it any more
+    facts: Message = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def leaf(self, name: str) -> Cgroup:
+        """A leaf for a session, which the template may clone into. The caller owns it."""
+        leaf = self.cgroup.create(name)
+        give(leaf.fd, self.uid)
+        return leaf
+
+    def seen(self, leaf: Cgroup) -> int:
+        """A leaf's directory as the template may have it; the caller's."""
+        return os.open(os.fsdecode(leaf.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.place)
+
+    def usage(self) -> dict[str, Any]:
+        """What it costs: charged to its pocket, private memory and what it shares with its parent, in bytes."""
+        try:
+            with Cgroup("self", self.cgroup) as own:
+                charged = own.stats().memory_current
+        except OSError:
+            charged = None
+        try:
+            m = processes.memory(self.pid)
+            return {"template_pid": self.pid, "template_charged": charged, "template_private": m.private}
+        except (OSError, processes.Gone):
+            return {"template_pid": self.pid, "template_charged": charged, "template_private": None}
+
+    def close(self) -> None:
+        self.cgroup.close()
+        if self.place >= 0:
+            os.close(self.place)
+            self.place = -1
+
+
+class Held:
+    """What there is, by number; of each pocket one that launches come from."""
+
+    def __init__(self, generation: Generation):
+        self.generation = generation
+        self.by_number: dict[int, Holder] = {}
+        self.current: dict[str, Holder] = {}
+        self.failed: dict[str, tuple[Pocket, str]] = {}  # why a pocket cannot be held, until it is another
+        self.cool_until: dict[str, float] = {}
+        self._making: dict[str, asyncio.Task[Holder]] = {}
+        self._files: dict[str, Files] = {}
+        self._last = NUMBERS
+
+    def __iter__(self) -> Iterator[Holder]:
+        return iter(list(self.by_number.values()))
+
+    def has(self, pocket: str) -> bool:
+        return any(h.pocket == pocket for h in self.by_number.values())
+
+    # -- for launches
+
+    def ready_for(self, daemon: Daemon, definition: Pocket) -> Holder | None:
+        """The template that a launch of this pocket can come from now. Where there should be one, it is begun."""
+        name = definition.name
+        files = self._files.get(name)
+        if files:
+            files.look()  # what changed until now counts for this launch already
+        holder = self.current.get(name)
+        if holder and holder.ready and not self._outdated(holder, definition):
+            return holder
+        if name not in self._making and time.monotonic() >= self.cool_until.get(name, 0.0):
+            self.begin(daemon, definition)
+        return None
+
+    def _outdated(self, holder: Holder, definition: Pocket) -> bool:
+        if holder.definition != definition:
+            self.give_up(holder, "its definition is another one")
+        elif holder.parent is None or holder.parent.stale:
+            self.give_up(holder, "the service's own template is made anew")
+        return holder.stale is not None
+
+    def begin(self, daemon: Daemon, definition: Pocket) -> None:
+        """Make one beside, unless it is known that it cannot be."""
+        known = self.failed.get(definition.name)
+        if known and known[0] == definition:
+            return
+        self.generation.keep(self._quietly(daemon, definition))
+
+    async def _quietly(self, daemon: Daemon, definition: Pocket) -> None:
+        with suppress(Error, OSError, ConnectionError):
+            await self.get(daemon, definition, lambda text: None)
+
+    async def get(self, daemon: Daemon, definition: Pocket, progress: Progress) -> Holder:
+        """The pocket's template, made if there is none. Raises Error that says why it cannot be held."""
+        holder = self.current.get(definition.name)
+        if holder and holder.ready and not self._outdated(holder, definition):
+            return holder
+        task = self._making.get(definition.name)
+        if task is None:
+            task = asyncio.ensure_future(self._make(daemon, definition, progress))
+            self._making[definition.name] = task
+            task.add_done_callback(lambda done: self._made(definition, done))
+        return await asyncio.shield(task)
+
+    def _made(self, definition: Pocket, task: asyncio.Task[Holder]) -> None:
+        if self._making.get(definition.name) is task:
+            del self._making[definition.name]
+        if task.cancelled():
+            return
+        e = task.exception()
+        if e is None:
+            self.failed.pop(definition.name, None)
+            return
+        why = e.message if isinstance(e, Error) else f"{type(e).__name__}: {e}"
+        if not isinstance(e, ConnectionError):
+            self.failed[definition.name] = definition, why
+        events.emit(
+            "pocket-not-held", "warning", service=self.generation.name, pocket=definition.name, why=why.splitlines()[0]
+        )
+
+    # -- making
+
+    async def _make(self, daemon: Daemon, definition: Pocket, progress: Progress) -> Holder:
+        """Held and rehearsed; or, where the rehearsal fails, held without, with the reason in `facts`."""
+        self._watch(daemon, definition)
+        why = _not_to_rehearse(definition)
+        if definition.rehearse is not None and why is None:
+            try:
+                return await self._try(daemon, definition, progress, True)
+            except Error as e:
+                if e.code != "rehearsal":
+                    raise
+                why = e.message
+                events.emit(
+                    "pocket-not-rehearsed", "warning", service=self.generation.name, pocket=definition.name, why=why
+                )
+                progress(f"{definition.name}: {why}")
+        holder = await self._try(daemon, definition, progress, False)
+        holder.facts["not_rehearsed"] = why
+        return holder
+
+    async def _try(self, daemon: Daemon, definition: Pocket, progress: Progress, rehearse: bool) -> Holder:
+        g = self.generation
+        assert definition.program and definition.checkpoint
+        parent = await g.templates.get(None, progress)
+        if not g.init or not g.tree:
+            raise Error("service", f"service {g.name} has ended")
+        what = "up to its checkpoint, and its rehearsal" if rehearse else "up to its checkpoint"
+        progress(f"{definition.name}: running {definition.program} {what}")
+        holder = self._place(daemon, definition, parent)
+        try:
+            with ExitStack() as stack:
+                message, passed = self._orders(daemon, definition, holder, rehearse, stack)
+                reply, fds = await g.init.call("hold", passed, timeout=HOLD_TIMEOUT, **message)
+                fds.close()
+            if holder.stale:
+                raise Error("hold", f"{definition.name} is not held: {holder.stale}")
+        except BaseException as e:
+            self.current.pop(definition.name, None)
+            await self._retire(holder)
+            if isinstance(e, Error):
+                raise _explained(e, definition) from None
+            raise
+        self._settle(holder, reply)
+        holder.facts["rehearsed"] = rehearse
+        return holder
+
+    def _place(self, daemon: Daemon, definition: Pocket, parent: Template) -> Holder:
+        """Its cgroup beneath the pocket's, with a leaf for itself."""
+        g = self.generation
+        assert g.tree
+        self._last += 1
+        number = self._last
+        if definition.run_as:
+            uid = definition.run_as.uid
+        else:
+            uid = daemon.identities.named(definition.name)
+        leaf = f"template-{number - NUMBERS}"
+        orders.make_pocket(g, definition.name, definition.limits, leaf)
+        cgroup = Cgroup(f"pockets/{definition.name}/{leaf}", g.tree)
+        with cgroup.create("self") as own:
+            give(cgroup.fd, uid)
+            give(own.fd, uid)
+        holder = Holder(definition.name, definition, number, cgroup, parent, uid=uid)
+        holder.place = mounts.open_tree(cgroup.directory)
+        holder.homes = orders.homes(definition)
+        self.by_number[number] = self.current[definition.name] = holder
+        return holder
+
+    def _orders(
+        self, daemon: Daemon, definition: Pocket, holder: Holder, rehearse: bool, stack: ExitStack
+    ) -> tuple[Message, list[int]]:
+        g = self.generation
+        files = shown.defined_files(daemon.identities, definition, holder.uid, stack)
+        plan = orders.plan_of(daemon, g, definition)
+        environment = {"HOME": holder.homes[0] if holder.homes else "/", **_own_environment(), **definition.env}
+        hold = {
+            "program": os.path.join(definition.dir, str(definition.program)),
+            "checkpoint": definition.checkpoint,
+            "rehearse": list(definition.rehearse or ()) if rehearse else None,
+            "rehearse_until": definition.rehearse_until,
+            "packages": os.path.join(definition.dir, definition.packages) if definition.packages else None,
+            "environment": environment,
+            "filters": filters.compiled(clone3=True),
+        }
+        more = {"hold": hold, "homes": list(holder.homes)}
+        told = orders.orders(g, plan, "hold", files, None, more)
+        stack.callback(os.close, told)
+        own = os.open("self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=holder.cgroup.fd)
+        stack.callback(os.close, own)
+        host = definition.allow.network == "host"
+        passed = [holder.cgroup.fd, told, *(fd for fd, _ in files), own, *([daemon.network] if host else [])]
+        note = {"pocket": definition.name, "leaf": holder.cgroup.kernel_path}
+        assert holder.parent
+        fields = {"template": holder.number, "parent": holder.parent.number, "note": note, "host_network": host}
+        return fields, passed
+
+    def _settle(self, holder: Holder, reply: Message) -> None:
+        """It is held: from now on processes are born beneath its cgroup, and none stands in it."""
+        assert holder.definition
+        with Cgroup("self", holder.cgroup) as own:
+            holder.pid = (own.processes() or [0])[0]
+        holder.cgroup.enable(CONTROLLERS)
+        if holder.pid and "memory.max" in holder.definition.limits:
+            with suppress(OSError), open(f"/proc/{holder.pid}/oom_score_adj", "w") as f:
+                f.write("-999")  # within its pocket's limit a worker goes first
+        holder.facts = warming.facts(reply)
+        holder.ready = True
+        g = self.generation
+        seconds = round(holder.facts["seconds"] or 0.0, 2)
+        events.emit("pocket-held", service=g.name, pocket=holder.pocket, template=holder.number, seconds=seconds)
+        for old in self:
+            if old.pocket == holder.pocket and old is not holder:
+                self.give_up(old, "there is a newer one")
+        if holder.definition.warm:
+            g.slots.fill_later(holder.pocket, 0.0)
+
+    # -- launching
+
+    async def introduce(self, holder: Holder, session: Session, given: dict[str, Any]) -> None:
+        """Have it make a session's worker. Raises Error("held") where this run cannot come from it: its caller's start
+        is untouched then."""
+        g = self.generation
+        if not g.init:
+            raise Error("service", f"service {g.name} has ended")
+        leaf = session.leaf
+        assert leaf
+        seen = holder.seen(leaf)
+        try:
+            passed = [leaf.fd, given["session"], given["hold"], seen]
+            fields: dict[str, Any] = {"template": holder.number, "mode": "program", "note": session.note}
+            _, received = await g.init.call("launch", passed, session=session.id, **fields)
+        finally:
+            os.close(seen)
+        with received:
+            if len(received):
+                session.pid = orders.pid_of(received.take())
+
+    # -- its end
+
+    def give_up(self, holder: Holder, why: str) -> None:
+        """No launch comes from it any more; its workers live on."""
+        if holder.stale is None:
+            holder.stale = why
+            if self.current.get(holder.pocket) is holder:
+                del self.current[holder.pocket]
+            events.emit("pocket-given-up", service=self.generation.name, pocket=holder.pocket, why=why)
+            self.generation.keep(self._retire(holder))
+
+    async def _retire(self, holder: Holder) -> None:
+        holder.stale = holder.stale or "it was given up"
+        if self.generation.init:
+            await self.generation.init.send({"op": "retire", "template": holder.number})
+
+    def lost(self, number: int) -> bool:
+        """Init says that a template has ended. False when it is none of these."""
+        holder = self.by_number.get(number)
+        if holder is None:
+            return False
+        if self.current.get(holder.pocket) is holder and holder.ready:
+            del self.current[holder.pocket]
+            events.emit("pocket-template-lost", "warning", service=self.generation.name, pocket=holder.pocket)
+            self.cool_until[holder.pocket] = time.monotonic() + BACKOFF
+        holder.stale, holder.ready = holder.stale or "it ended", False
+        self.generation.keep(self._clear(holder))
+        return True
+
+    async def _clear(self, holder: Holder) -> None:
+        """Remove what it leaves, once no session of it is there."""
+        g = self.generation
+        with suppress(OSError), Cgroup("self", holder.cgroup) as own:
+            own.kill()  # what its program has started goes with it
+        while any(s.note.get("held") == holder.number for s in g.sessions.values()):
+            waits = [s.over.wait() for s in g.sessions.values() if s.note.get("held") == holder.number]
+            await asyncio.gather(*waits)
+        self.by_number.pop(holder.number, None)
+        if g.tree:
+            await g.drop_leaf(holder.cgroup)
+            g.drop_pocket(holder.pocket)
+        holder.close()
+
+    def cool(self, pocket: str) -> bool:
+        """End a pocket's template, at its owner's wish. Whether there was one."""
+        self.failed.pop(pocket, None)
+        holder = self.current.get(pocket)
+        if holder:
+            self.give_up(holder, "it was cooled")
+        return holder is not None
+
+    def forget_failure(self, pocket: str) -> None:
+        self.failed.pop(pocket, None)
+        self.cool_until.pop(pocket, None)
+
+    def close(self) -> None:
+        for files in self._files.values():
+            files.close()
+        self._files.clear()
+        for holder in self:
+            holder.close()
+        self.by_number.clear()
+        self.current.clear()
+
+    # -- changes
+
+    def _watch(self, daemon: Daemon, definition: Pocket) -> None:
+        """Watch the pocket's files: those that its definition shows it, but for what it may write itself."""
+        old = self._files.pop(definition.name, None)
+        if old:
+            old.close()
+        tops = [str(definition.dir), *(str(m.source) for m in definition.mounts if not m.writable)]
+        apart = [os.path.join(definition.dir, name) for name in definition.allow.write]
+        name = definition.name
+
+        def changed(path: str) -> None:
+            holder = self.current.get(name)
+            self.failed.pop(name, None)
+            if holder:
+                self.give_up(holder, f"{path} has changed")
+
+        def quiet() -> None:
+            present = daemon.config.pockets.get(name)
+            if present and present.checkpoint and self.generation.running and name not in self.current:
+                self.begin(daemon, present)
+
+        self._files[name] = Files(name, tops, apart, changed, quiet, QUIET)
+
+    # -- after a restart
+
+    def adopt(self, told: list[Message]) -> None:
+        """Those that an earlier pocketd had made are given up: they are made again when they are wanted."""
+        g = self.generation
+        for m in told:
+            number = int(m["template"])
+            self._last = max(self._last, number)
+            note = m["note"]
+            try:
+                cgroup = Cgroup(f"pockets/{note['pocket']}/template-{number - NUMBERS}", g.tree)
+            except (OSError, KeyError, TypeError):
+                continue
+            holder = Holder(str(note["pocket"]), None, number, cgroup)
+            self.by_number[number] = holder
+            self.give_up(holder, "pocketd was started again")
+
+
+def give(leaf: int, uid: int) -> None:
+    """Let a pocket's template clone into this cgroup, which takes the right to write cgroup.procs of both ends and of
+    their common ancestor (cgroup-v2, "Delegation Containment")."""
+    fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=leaf)
+    try:
+        os.fchown(fd, uid, -1)
+    finally:
+        os.close(fd)
+
+
+def _not_to_rehearse(definition: Pocket) -> str | None:
+    """Why a pocket's sample is not to be run ahead of time, or None: it must leave no trace outside."""
+    if definition.rehearse is None:
+        return None
+    if definition.allow.network != "none" or definition.allow.devices:
+        return "a pocket with a network or devices is not rehearsed: what its sample does there cannot be undone"
+    return None
+
+
+def _own_environment() -> dict[str, str]:
+    """What callers mostly have as pocketd has it; the rest of a template's environment is its definition's."""
+    names = ("PATH", "LANG", "LANGUAGE", "TZ")
+    return {k: v for k, v in os.environ.items() if k in names or k.startswith("LC_")}
+
+
+def _explained(e: Error, definition: Pocket) -> Error:
+    output = e.detail.get("output") or ""
+    if e.code == "rehearsal":
+        return Error(e.code, f"{definition.name} is held without a rehearsal: {e.message}")
+    text = f"{definition.name} is not held: {e.message}"
+    return Error("hold", f"{text}\n{output}".rstrip() if output else text)

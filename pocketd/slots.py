@@ -1,0 +1,252 @@
+"""Slots of one generation: workers of a pocket made ahead of time, `warm` of them, each for one launch.
+
+They stand beneath their pocket's own cgroup, and come from the pocket's template, where it has one, else from the
+service's root template. One that is handed out is replaced a little later, when its program has had its start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cgroup.node import Cgroup
+from nsutil import processes
+from pocketd import events, orders, shown
+from pocketd.definitions import Pocket
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+    from pocketd.generation import Generation
+    from pocketd.held import Holder
+    from pocketd.templates import Template
+
+DELAY = 0.05  # seconds after a launch until its slot is replaced: the program goes first
+BACKOFF = 5.0  # seconds after a slot that could not be made
+BORN = 20.0  # seconds that a template may take to fork one
+
+
+@dataclass
+class Slot:
+    id: str
+    pocket: str
+    definition: Pocket
+    parent: Template | Holder
+    leaf: Cgroup
+    homes: tuple[str, ...]
+    held: int | None  # the number of the pocket's template that it comes from
+    pid: int = 0
+    ready: bool = False
+    gone: bool = False
+
+
+class Slots:
+    """By id all there are, and by pocket those that wait, the oldest first."""
+
+    def __init__(self, generation: Generation):
+        self.generation = generation
+        self.by_id: dict[str, Slot] = {}
+        self.waiting: dict[str, deque[Slot]] = {}
+        self.squeezed = False  # memory is short: none is made
+        self._filling: dict[str, asyncio.TimerHandle] = {}
+        self._daemon: Daemon | None = None
+
+    def has(self, pocket: str) -> bool:
+        return any(s.pocket == pocket for s in self.by_id.values())
+
+    def count(self, pocket: str) -> int:
+        return len(self.waiting.get(pocket, ()))
+
+    def take(self, daemon: Daemon, definition: Pocket, home: str) -> Slot | None:
+        """A slot for a launch of this pocket now, or None. Either way what is missing is made in a while."""
+        if not definition.warm:
+            return None
+        self._daemon = daemon
+        queue = self.waiting.get(definition.name, deque())
+        found = None
+        while queue and found is None:
+            slot = queue.popleft()
+            if self._good(slot, definition):
+                if home and home not in slot.homes and not orders.beneath(home, definition):
+                    queue.appendleft(slot)
+                    break
+                found = slot
+            else:
+                self._end(slot)
+        self.fill_later(definition.name)
+        return found
+
+    def _good(self, slot: Slot, definition: Pocket) -> bool:
+        if slot.gone or slot.definition != definition or slot.parent.stale:
+            return False
+        holder = self.generation.held.current.get(definition.name)
+        # Once the pocket is held, slots that come from the root template are of an older kind.
+        return holder is None or not holder.ready or slot.held == holder.number
+
+    def fill_later(self, pocket: str, delay: float = DELAY) -> None:
+        if pocket not in self._filling and self.generation.running:
+            loop = asyncio.get_running_loop()
+            self._filling[pocket] = loop.call_later(delay, self._fill, pocket)
+
+    def _fill(self, pocket: str) -> None:
+        self._filling.pop(pocket, None)
+        daemon = self._daemon
+        definition = daemon.config.pockets.get(pocket) if daemon else None
+        if daemon and definition and self.generation.running:
+            self.generation.keep(self.fill(daemon, definition))
+
+    async def fill(self, daemon: Daemon, definition: Pocket) -> None:
+        """Make what is missing, one after the other. Ends those that are of no use any more."""
+        self._daemon = daemon
+        name = definition.name
+        for slot in [s for s in self.by_id.values() if s.pocket == name and not self._good(s, definition)]:
+            self._end(slot)
+        while self.generation.running and not self.squeezed:
+            there = [s for s in self.by_id.values() if s.pocket == name and not s.gone]
+            if len(there) >= definition.warm or daemon.config.pockets.get(name) != definition:
+                return
+            try:
+                await self._make(daemon, definition)
+            except (Error, OSError, ConnectionError) as e:
+                why = e.message if isinstance(e, Error) else str(e)
+                events.emit("slot-not-made", "warning", service=self.generation.name, pocket=name, why=why)
+                self.fill_later(name, BACKOFF)
+                return
+
+    async def _make(self, daemon: Daemon, definition: Pocket) -> None:
+        g = self.generation
+        holder = None
+        if definition.program and definition.checkpoint:
+            with suppress(Error):
+                holder = await g.held.get(daemon, definition, lambda text: None)
+        with ExitStack() as stack:
+            if holder:
+                await self._from_held(holder, definition, stack)
+            else:
+                await self._from_root(daemon, definition, stack)
+
+    async def _from_root(self, daemon: Daemon, definition: Pocket, stack: ExitStack) -> None:
+        g = self.generation
+        template = await g.templates.get(None)
+        plan = orders.plan_of(daemon, g, definition)
+        identity = os.urandom(16).hex()
+        homes = orders.homes(definition)
+        files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
+        orders.make_pocket(g, plan.name, plan.limits, identity)
+        leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
+        told = orders.orders(g, plan, "program", files, None, {"slot": True, "homes": list(homes)})
+        stack.callback(os.close, told)
+        slot = Slot(identity, plan.name, definition, template, leaf, homes, None)
+        host = plan.network == "host"
+        passed = [leaf.fd, told, *(fd for fd, _ in files), *([daemon.network] if host else [])]
+        await self._ask(slot, template.number, host, passed)
+
+    async def _from_held(self, holder: Holder, definition: Pocket, stack: ExitStack) -> None:
+        identity = os.urandom(16).hex()
+        leaf = holder.leaf(identity)
+        seen = holder.seen(leaf)
+        stack.callback(os.close, seen)
+        slot = Slot(identity, definition.name, definition, holder, leaf, holder.homes, holder.number)
+        await self._ask(slot, holder.number, False, [leaf.fd, seen])
+
+    async def _ask(self, slot: Slot, template: int, host: bool, passed: list[int]) -> None:
+        g = self.generation
+        assert g.init
+        self.by_id[slot.id] = slot
+        note = {"slot": True, "pocket": slot.pocket, "leaf": slot.leaf.kernel_path, "held": slot.held}
+        try:
+            message, fds = await g.init.call(
+                *("slot", passed), slot=slot.id, template=template, note=note, host_network=host, timeout_s=BORN
+            )
+        except BaseException:
+            await self._drop(slot)
+            raise
+        with fds:
+            if len(fds):
+                slot.pid = orders.pid_of(fds.take())
+
+    def ready(self, identity: str) -> bool:
+        """Init says that a slot waits. False when there is none of that id."""
+        slot = self.by_id.get(identity)
+        if slot is None:
+            return False
+        if not slot.gone:
+            slot.ready = True
+            self.waiting.setdefault(slot.pocket, deque()).append(slot)
+        return True
+
+    # -- handed out
+
+    async def assign(self, slot: Slot, identity: str, note: Message, given: dict[str, Any]) -> None:
+        """Give a slot its session. Raises Error("held") where it cannot be that: its caller's start is untouched."""
+        g = self.generation
+        if not g.init:
+            raise Error("service", f"service {g.name} has ended")
+        del self.by_id[slot.id]
+        slot.gone = True
+        passed = [given["session"], given["hold"]]
+        _, fds = await g.init.call("assign", passed, slot=slot.id, session=identity, note=note)
+        fds.close()
+
+    # -- their end
+
+    def ended(self, identity: str) -> bool:
+        """Init says that a session is over: was it a slot?"""
+        slot = self.by_id.get(identity)
+        if slot is None:
+            return False
+        self.generation.keep(self._drop(slot))
+        if not slot.gone:
+            self.fill_later(slot.pocket, BACKOFF)  # it died by itself
+        return True
+
+    async def _drop(self, slot: Slot) -> None:
+        slot.gone = True
+        with suppress(ValueError, KeyError):
+            self.waiting[slot.pocket].remove(slot)
+        if self.by_id.pop(slot.id, None):
+            await self.generation.drop_leaf(slot.leaf)
+            self.generation.drop_pocket(slot.pocket)
+
+    def _end(self, slot: Slot) -> None:
+        """End one that waits: it is of no use any more, or its memory is wanted."""
+        if not slot.gone:
+            slot.gone = True
+            with suppress(ValueError, KeyError):
+                self.waiting[slot.pocket].remove(slot)
+            self.generation.keep(self._kill(slot.id))
+
+    async def _kill(self, identity: str) -> None:
+        init = self.generation.init
+        if init:
+            with suppress(Error, ConnectionError):
+                (await init.call("end", session=identity))[1].close()
+
+    def give_way(self, pocket: str | None = None) -> int:
+        """End all that wait, of one pocket or of all. Returns how many."""
+        found = [s for s in self.by_id.values() if not s.gone and pocket in (None, s.pocket)]
+        for slot in found:
+            self._end(slot)
+        return len(found)
+
+    def private(self, pocket: str) -> int:
+        """Private memory of those that wait, in bytes."""
+        total = 0
+        for slot in self.by_id.values():
+            if slot.pocket == pocket and slot.pid:
+                with suppress(OSError, processes.Gone):
+                    total += processes.memory(slot.pid).private
+        return total
+
+    def close(self) -> None:
+        for timer in self._filling.values():
+            timer.cancel()
+        self._filling.clear()
+        for slot in self.by_id.values():
+            slot.leaf.close()
+        self.by_id.clear()
+        self.waiting.clear()

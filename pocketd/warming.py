@@ -1,0 +1,84 @@
+"""`pocket warm` and `pocket cool`: a pocket's template made, or given up, at its owner's wish."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nsutil import processes
+from pocketd import permissions
+from pocketd.definitions import Pocket
+from pocketd.wire import Error, Message
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+    from pocketd.templates import Progress
+
+
+async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progress) -> Message:
+    """Hold a pocket at its checkpoint; returns when it is. Raises Error that says why it cannot be."""
+    service, definition = await daemon.resolve(name, peer)
+    if definition is None:
+        raise Error("bad-request", f"{name} is a service, which is warm while it is on: pocket {name} on")
+    if not definition.program or not (definition.checkpoint or definition.warm):
+        raise Error(
+            "hold",
+            f'{name} has neither a checkpoint nor slots; its definition may have checkpoint = "main", to be held '
+            "before that function is first called, and warm = 1, for a worker made ahead of time",
+        )
+    permissions.check_may_run(definition, peer)
+    generation = await service.on(progress)
+    with generation.busy():
+        facts: Message = {}
+        if definition.checkpoint:
+            generation.held.forget_failure(name)
+            facts = (await generation.held.get(daemon, definition, progress)).facts
+        if definition.warm:
+            progress(f"{name}: making {definition.warm} slots")
+            await generation.slots.fill(daemon, definition)
+    return {"name": name, "service": service.name, "slots": definition.warm, **facts}
+
+
+def cool(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
+    """End a pocket's template; runs that came from it go on."""
+    daemon.check_known(name, peer)
+    definition = daemon.config.pockets.get(name)
+    if definition is None:
+        raise Error("not-found", f"there is no pocket {name!r}")
+    permissions.check_may_run(definition, peer)
+    there = [
+        bool(g.slots.give_way(name)) | g.held.cool(name) for s in daemon.services.values() for g in s.generations()
+    ]
+    return {"name": name, "already": not any(there)}
+
+
+def facts(said: Message) -> Message:
+    """What a template said of itself, as far as it can be that: its words are its program's."""
+    found: Message = {}
+    for key in ("seconds", "threads", "files"):
+        value = said.get(key)
+        found[key] = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    for key in ("variables", "unsure"):
+        value = said.get(key)
+        words = value if isinstance(value, list) else []
+        found[key] = [word[:200] for word in words if isinstance(word, str)][:100]
+    return found
+
+
+def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
+    """Whether a pocket is held, for `pocket ps`: "rehearsed", "held", "holding", "cool", or "not held" with
+    the reason."""
+    if not definition.checkpoint:
+        return {"held": None}
+    for service in daemon.services.values():
+        for g in service.generations():
+            holder = g.held.current.get(definition.name)
+            if holder:
+                if not holder.ready:
+                    return {"held": "holding"}
+                why = holder.facts.get("not_rehearsed")
+                kind = "rehearsed" if holder.facts.get("rehearsed") else "held"
+                return {"held": kind, "why_not_rehearsed": why, **holder.usage()}
+            failed = g.held.failed.get(definition.name)
+            if failed and failed[0] == definition:
+                return {"held": "not held", "why_not_held": failed[1]}
+    return {"held": "cool"}

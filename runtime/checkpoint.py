@@ -1,0 +1,160 @@
+"""Where a pocket's program is held: one call put into its syntax tree, and nothing else of it changed.
+
+A checkpoint is written as the start of one top-level statement ("image = load("), as a function's name ("main": before
+it is first called), as a place ("detect.py:14"), or as `pocketd.checkpoint()`, which the program calls itself. The call
+stands on the line of what it precedes, so that line numbers, tracebacks and the names in them are the program's own.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import functools
+import re
+from contextlib import suppress
+from typing import Any, Iterator, List, NamedTuple, Tuple, Union
+
+# What the inserted call is named among the builtins; no name that a program can write.
+NAME = "<checkpoint>"
+OWN = "pocketd.checkpoint()"
+_FUTURES = functools.reduce(
+    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
+)
+_PLACE = re.compile(r"(?P<file>[^:]+\.py):(?P<line>[1-9][0-9]{0,6})")
+
+Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
+Body = List[ast.stmt]
+
+
+class CheckpointError(Exception):
+    """The program has no such place, or more than one; the text says what to write instead."""
+
+
+class Compiled(NamedTuple):
+    """A program that calls the builtin `NAME` at its checkpoint, once it gets there; and what comes after that, where
+    it can be run a second time: the rest of its top level, or the function that is held at its beginning."""
+
+    code: Any
+    rest: Any  # code for the program's namespace, or None
+    function: bool
+
+
+def compile_held(source: bytes, path: str, where: str) -> Compiled:
+    """`where` as a pocket's definition has it; `path` as the program is run by. Raises CheckpointError, and what
+    compile() raises for a program that is none."""
+    tree = ast.parse(source, path)
+    function, after = False, None
+    if where == OWN:
+        with suppress(CheckpointError):
+            body, at = at_statement(tree, source, path, where)
+            after = body[at + 1 :]
+    else:
+        body, at = find(tree, source, path, where)
+        if body is tree.body:
+            after = body[at:]
+        else:
+            function = at <= 1 and where.isidentifier()
+        insert(body, at)
+    code = compile(tree, path, "exec", dont_inherit=True)
+    rest = None
+    if after is not None:
+        while after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant):
+            after = after[1:]  # it would become the docstring
+        flags = code.co_flags & _FUTURES
+        rest = compile(ast.Module(after, []), path, "exec", flags, dont_inherit=True)
+    return Compiled(code, rest, function)
+
+
+def find(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
+    """The list of statements and the index in it before which the program is held. Raises CheckpointError."""
+    place = _PLACE.fullmatch(where)
+    if place:
+        if not f"/{path}".endswith(f"/{place['file']}"):
+            raise CheckpointError(f"{where} is not in the program, {path}: only its own file can be held in")
+        return at_line(tree, int(place["line"]), path)
+    if where.isidentifier():
+        found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        named = [node for node in found if node.name == where]
+        if named:
+            return in_function(named[-1])  # a later definition is the one that is called
+    return at_statement(tree, source, path, where)
+
+
+def at_line(tree: ast.Module, line: int, path: str) -> Tuple[Body, int]:
+    for body in bodies(tree):
+        for i, statement in enumerate(body):
+            if first_line(statement) == line:
+                return body, i
+    raise CheckpointError(f"no statement begins in line {line} of {path}")
+
+
+def in_function(function: Function) -> Tuple[Body, int]:
+    if isinstance(function, ast.AsyncFunctionDef):
+        raise CheckpointError(
+            f"{function.name} is a coroutine, and a running event loop cannot be forked: "
+            "hold the program before the statement that starts the loop"
+        )
+    first = function.body[0]
+    described = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return function.body, 1 if described and len(function.body) > 1 else 0
+
+
+def at_statement(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
+    """The one top-level statement whose text begins with `where`, blanks aside."""
+    wanted = squeeze(where)
+    lines = source.splitlines(keepends=True)
+    found = [
+        i
+        for i, statement in enumerate(tree.body)
+        if squeeze(text_of(statement, lines)).startswith(wanted) and not is_future(statement)
+    ]
+    if not wanted or not found:
+        raise CheckpointError(f"no top-level statement of {path} begins with {where!r}, and it has no such function")
+    if len(found) > 1:
+        numbers = ", ".join(str(first_line(tree.body[i])) for i in found)
+        raise CheckpointError(f"{where!r} begins {len(found)} top-level statements of {path}, in lines {numbers}")
+    return tree.body, found[0]
+
+
+def squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def text_of(statement: ast.stmt, lines: List[bytes]) -> str:
+    end = statement.end_lineno or statement.lineno
+    part = lines[first_line(statement) - 1 : end]
+    if part and first_line(statement) == statement.lineno:
+        part[0] = part[0][statement.col_offset :]
+    return b"".join(part).decode("utf-8", "replace")
+
+
+def first_line(statement: ast.stmt) -> int:
+    """Its decorators' first, where it has some."""
+    decorators: List[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(d.lineno for d in decorators)])
+
+
+def is_future(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
+
+
+def bodies(tree: ast.AST) -> Iterator[Body]:
+    """Every list of statements, outer ones first."""
+    for node in ast.walk(tree):
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(node, name, None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.stmt):
+                yield body
+
+
+def insert(body: Body, at: int) -> None:
+    where = body[at] if at < len(body) else body[-1]
+    call = ast.Expr(ast.Call(ast.Name(NAME, ast.Load()), [], []))
+    if at == 0 and isinstance(where, ast.Expr) and isinstance(where.value, ast.Constant):
+        at = 1  # a docstring stays one; it does nothing
+    while at < len(body) and is_future(body[at]):
+        at += 1
+    for node in ast.walk(call):
+        node.lineno = node.end_lineno = first_line(where)  # type: ignore[attr-defined]
+        node.col_offset = node.end_col_offset = where.col_offset  # type: ignore[attr-defined]
+    body.insert(at, call)

@@ -1,0 +1,259 @@
+"""Init's part in pockets' templates, which are not trusted: what one says is a hint, and the kernel says what is.
+
+A pocket's template is born as a worker is, in a pid namespace of its own, and forks there by itself. So a session that
+comes from it has no pause: it ends with the processes of its leaf. A child of such a template is init's too; it is
+known by its cgroup, whatever was said of it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from typing import Any, Callable, Dict, Iterable, Optional
+
+from nsutil import clone, messages, mounts, namespaces
+from nsutil.messages import Fds, MessageError
+from pocketd import wire
+from pocketd.wire import Error, Message
+from runtime.children import Session, Template, is_child, processes_of
+
+WALL = 0x40000000  # wait4(2)
+# What a template may say: bounded, since its program says it.
+WORDS = wire.Bounds(32 * 1024, 4, 400)
+
+
+class Holding:
+    """Those methods of Init that are about pockets' templates."""
+
+    templates: Dict[int, Template]
+    sessions: Dict[str, Session]
+    launching: Dict[int, Any]
+    pauses: Dict[int, Any]
+    launches: int
+    watch: Callable[..., None]
+    unwatch: Callable[[int], None]
+    tell: Callable[..., None]
+    fail: Callable[[Session, Error], None]
+    born: Callable[[Session, int, int], None]
+    over: Callable[[Session], None]
+    died: Callable[[Session, int], None]
+    reap: Callable[[], None]
+    take_pause: Callable[[], clone.Child]
+    refuse_when_stopping: Callable[[], None]
+    drain: Callable[[Template], bool]
+    refuse_template: Callable[[Template, Any], None]
+    lose: Callable[[Template], None]
+
+    # -- a template
+
+    def on_hold(self, message: Message, fds: Fds) -> None:
+        """Make a pocket's template: a worker of template `parent`, which runs its program up to its checkpoint."""
+        self.refuse_when_stopping()
+        parent = self.templates.get(message["parent"])
+        if not parent or not parent.ready:
+            raise Error("no-template", f"template {message['parent']} is not ready")
+        leaf, orders = fds.take(), fds.take()
+        ours, theirs = messages.pair()
+        out, err = os.pipe2(os.O_CLOEXEC)
+        t = Template(message["template"], "pocket", message.get("note", {}), ours, out, message["id"])
+        try:
+            t.pause = self.take_pause()
+            self.launches += 1
+            self.launching[self.launches] = t
+            request = {"op": "fork", "launch": self.launches, "host_network": message["host_network"]}
+            wire.send(parent.talk, request, [leaf, t.pause.pidfd, theirs.fileno(), orders, err, *fds])
+        except BaseException:
+            ours.close()
+            os.close(out)
+            self.launching.pop(self.launches, None)
+            self.end_pause(t)
+            raise
+        finally:
+            theirs.close()
+            for fd in (err, leaf, orders):
+                os.close(fd)
+        ours.setblocking(False)  # it may not read
+        self.templates[t.number] = self.pauses[t.pause.pid] = t
+        self.watch(out, lambda: self.drain(t))
+        self.watch(ours.fileno(), lambda: self.hear_held(t))
+
+    def hear_held(self, t: Template) -> bool:
+        """One message of a pocket's template, or of a child that it has just made. False when there is none."""
+        try:
+            if t.namespace < 0:
+                return self.hear_of_layers(t)
+            if messages.carries(t.talk):
+                raise MessageError("a pocket's template sends no descriptors")
+            message, fds = wire.receive(t.talk, socket.MSG_DONTWAIT, WORDS)
+            fds.rest()
+        except BlockingIOError:
+            return False
+        except (EOFError, OSError, MessageError):
+            self.lose(t)
+            return False
+        operation = message.get("op")
+        if operation == "ready" and t.ready is None:
+            t.ready = {key: message.get(key) for key in ("seconds", "threads", "variables", "files", "unsure")}
+            self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
+            t.request = None
+        elif operation == "failed" and t.ready is None and t.request is not None:
+            self.refuse_template(t, message.get("error"))
+        elif operation == "uncover" and t.layers:
+            self.uncover(t)
+        elif operation in ("forked", "refused"):
+            number = message.get("launch")
+            session = self.launching.get(number) if isinstance(number, int) else None
+            if isinstance(session, Session) and session.template == t.number:
+                del self.launching[session.launch]
+                if operation == "forked":
+                    self.look_for(session)
+                else:
+                    session.early = None
+                    self.fail(session, Error("held", Error.unwire(message.get("error")).message[:1000]))
+        return True
+
+    def hear_of_layers(self, t: Template) -> bool:
+        """The first message is our own code's, which speaks before it gives up its privileges (worker.lay_over)."""
+        message, fds = wire.receive(t.talk, socket.MSG_DONTWAIT, WORDS)
+        with fds:
+            if message.get("op") == "failed":
+                self.refuse_template(t, message.get("error"))
+                return True
+            t.namespace = fds.take()
+            rest, count = fds.rest(), message["count"]
+            size = len(rest) // count if count else 0
+            t.layers = [rest[n * size : (n + 1) * size] for n in range(count)]
+        return True
+
+    def uncover(self, t: Template) -> None:
+        """Take off the topmost layer of what a template's rehearsals have written, in its mount namespace."""
+        layer = t.layers.pop()
+        child = clone.fork()
+        if child is None:
+            try:
+                namespaces.setns(t.namespace, namespaces.CLONE_NEWNS)
+                for fd in layer:
+                    os.fchdir(fd)  # by no path: those are its program's
+                    mounts.unmount(".")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        for fd in layer:
+            os.close(fd)
+        os.close(child.pidfd)
+        done = os.waitpid(child.pid, WALL)[1] == 0
+        try:
+            wire.send(t.talk, {"op": "uncovered", "done": done})
+        except OSError:
+            self.lose(t)
+
+    def end_held(self, t: Template) -> None:
+        """A pocket's template is not to be any more; one that broke the protocol does not end by itself."""
+        if t.pid:
+            os.kill(t.pid, signal.SIGKILL)  # not reaped yet, so it is no other's pid
+        self.end_pause(t)
+
+    def end_pause(self, t: Template) -> None:
+        """End a template's pid namespace, once nothing of its sessions is in it."""
+        if t.pause and not t.pause_ended and not any(s.template == t.number for s in self.sessions.values()):
+            t.pause_ended = True
+            try:
+                signal.pidfd_send_signal(t.pause.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def pause_over(self, t: Template) -> None:
+        for fd in (*(fd for layer in t.layers for fd in layer), t.namespace):
+            if fd >= 0:
+                os.close(fd)
+        t.layers, t.namespace = [], -1
+        if t.pause:
+            os.close(t.pause.pidfd)
+            t.pause = None
+
+    # -- its sessions
+
+    def launch_held(self, t: Template, s: Session, shown: int, session_fd: int) -> None:
+        """Have a pocket's template make a worker, or a slot, whose socket is `session_fd`. `shown` is the session's
+        leaf as the template may have it."""
+        s.events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=s.leaf)
+        populated(s)  # from here on a change is told
+        self.watch(s.events, lambda: self.leaf_changed(s), select.EPOLLPRI)
+        try:
+            slot = s.waits is not None
+            wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot}, [shown, session_fd])
+        except OSError as e:
+            self.fail(s, Error("held", f"template {t.number} does not take a launch: {e}"))
+
+    def look_for(self, s: Session) -> None:
+        """A template says that it has forked: the child of ours in the session's leaf, if there is one."""
+        if not s.early:
+            for pid in processes_of(s.leaf):
+                if is_child(pid):
+                    self.born(s, pid, os.pidfd_open(pid))
+                    return
+            self.reap()  # it may have ended already
+        self.born_early(s)
+
+    def born_early(self, s: Session) -> None:
+        if s.early:
+            pid, status = s.early
+            self.born(s, pid, -1)
+            self.died(s, status)
+        elif not s.pid:
+            self.fail(s, Error("held", f"template {s.template} said that it had forked, and had not"))
+
+    def held_waits(self) -> bool:
+        """Whether a session waits for a worker of a pocket's template, so that strangers' cgroups are of interest."""
+        return any(s.events >= 0 and not s.pid for s in self.sessions.values())
+
+    def claim(self, pid: int, status: int, cgroup: Optional[str]) -> bool:
+        """A child of ours that is nobody's yet has ended: is it the worker of a session that is being launched?"""
+        for s in list(self.sessions.values()):
+            if s.events >= 0 and not s.pid and s.note.get("leaf") == cgroup:
+                s.early = pid, status
+                t = self.templates.get(s.template)
+                while t and s.launch in self.launching and self.hear_held(t):
+                    pass  # what it said before it ended
+                if self.launching.pop(s.launch, None):
+                    self.fail(s, Error("held", "its worker ended before its program went on"))
+                return True
+        return False
+
+    def leaf_changed(self, s: Session) -> None:
+        """The leaf of a session without a pause has become empty, or is not any more."""
+        if populated(s):
+            return
+        if s.pid and s.status is None:
+            self.reap()  # its worker was the last
+        if s.id in self.sessions and s.launch not in self.launching:
+            self.over(s)
+
+    def kill_leaf(self, s: Session) -> None:
+        fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=s.leaf)
+        os.write(fd, b"1")
+        os.close(fd)
+        if not populated(s):
+            self.leaf_changed(s)
+
+    def held_over(self, s: Session) -> None:
+        """A session without a pause is over."""
+        self.unwatch(s.events)
+        os.close(s.events)
+        s.events = -1
+        for t in held_templates(self.pauses.values()):
+            if t.number == s.template and t.number not in self.templates:
+                self.end_pause(t)
+
+
+def held_templates(holders: Iterable[Any]) -> Iterable[Template]:
+    return [t for t in holders if isinstance(t, Template)]
+
+
+def populated(s: Session) -> bool:
+    try:
+        return b"populated 1" in os.pread(s.events, 4096, 0).splitlines()
+    except OSError:
+        return False  # removed

@@ -1,0 +1,326 @@
+"""What a program looks at before it is held: what each of its runs would have to find the same.
+
+Its arguments and standard input belong to one run alone, so looking at them is refused, by line. Environment variables,
+files, the working directory and whether output goes to a terminal are noted: a run for which one of them is otherwise
+does not come from this template. Seen is what goes through Python; a library that reads a file or a variable by C alone
+is not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from functools import partial
+from types import FrameType
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+Identity = Tuple[int, int, int]  # of a file: mtime_ns, size, inode
+_WATCHED = 4096  # files whose state is compared at each launch; a program that reads more is refused
+_active: Optional["Recorder"] = None
+_hooked = False
+
+
+class Ours(BaseException):
+    """Raised through a program, for us. Not an Exception: no library is to swallow it."""
+
+
+class Refused(Ours):
+    """The program did what it may not do before its checkpoint."""
+
+
+class Recorder:
+    """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages."""
+
+    def __init__(self, tops: Tuple[str, ...]):
+        self.tops = tops
+        self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
+        self.changes: Dict[bytes, Optional[bytes]] = {}  # what the program itself set, or took away (None)
+        self.files: Dict[str, Identity] = {}
+        self.directory = False  # it asked for the working directory, or went by it
+        self.terminal: Set[int] = set()  # descriptors that it asked about
+        self.reconfigured: Dict[str, List[Dict[str, Any]]] = {}
+        self.made: List[str] = []  # directories that it made
+        self.refused: Optional[str] = None
+        self._undo: List[Callable[[], object]] = []
+
+    # -- its beginning and end
+
+    def begin(self) -> None:
+        global _active, _hooked
+        if not _hooked:
+            sys.addaudithook(_heard)  # for good: nothing takes it away again
+            _hooked = True
+        self._environment()
+        self._arguments()
+        self._streams()
+        self._functions()
+        _active = self
+
+    def end(self) -> None:
+        global _active
+        _active = None
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _set(self, holder: Any, name: str, value: Any) -> Any:
+        """Replace an attribute until the end. Returns what it was."""
+        old = getattr(holder, name)
+        setattr(holder, name, value)
+        self._undo.append(lambda: setattr(holder, name, old) if getattr(holder, name, None) is value else None)
+        return old
+
+    # -- what is noted
+
+    def _environment(self) -> None:
+        for mapping in (os.environ, os.environb):
+            plain: Any = type(mapping)
+            mapping.__class__ = _watched(plain)
+            self._undo.append(partial(setattr, mapping, "__class__", plain))
+
+    def saw_variable(self, name: bytes, value: Optional[bytes]) -> None:
+        if name not in self.changes:
+            self.variables.setdefault(name, value)
+
+    def saw_environment(self) -> None:
+        """All of it: a program that looks at it as a whole depends on everything. Libraries do so for subprocesses."""
+        line = self.line(sys._getframe(2), near=True)
+        if line:
+            self.refuse(f"it reads the whole environment{line}")
+
+    def _arguments(self) -> None:
+        for name in ("argv", "orig_argv"):
+            watched = _Arguments(getattr(sys, name))
+            setattr(sys, name, watched)
+
+    def _streams(self) -> None:
+        for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+            stream: Any = getattr(sys, name)
+            for layer in (stream, stream.buffer, getattr(stream.buffer, "raw", stream.buffer)):
+                layer.isatty = partial(self.asked, fd)
+                self._undo.append(partial(layer.__dict__.pop, "isatty", None))
+            if name == "stdin":
+                for method in ("read", "readline", "readlines"):
+                    setattr(stream, method, self._reads_input)
+                    self._undo.append(partial(stream.__dict__.pop, method, None))
+            else:
+                done = self.reconfigured.setdefault(name, [])
+                stream.reconfigure = _noting(stream, done)
+                self._undo.append(partial(stream.__dict__.pop, "reconfigure", None))
+
+    def asked(self, fd: int) -> bool:
+        self.terminal.add(fd)
+        return False
+
+    def _reads_input(self, *_: object, **__: object) -> Any:
+        self.refuse(f"it reads standard input{self.line(sys._getframe(1))}")
+
+    def _functions(self) -> None:
+        isatty, size, getcwd = os.isatty, os.get_terminal_size, os.getcwd
+
+        def tty(fd: int) -> bool:
+            return self.asked(fd) if fd in (0, 1, 2) else isatty(fd)
+
+        def terminal(fd: int = 1) -> os.terminal_size:
+            if fd in (0, 1, 2):
+                self.asked(fd)
+            return size(fd)
+
+        def directory() -> str:
+            self.directory = True
+            return getcwd()
+
+        self._set(os, "isatty", tty)
+        self._set(os, "get_terminal_size", terminal)
+        self._set(os, "getcwd", directory)
+
+    def opened(self, path: Any, flags: int) -> None:
+        """A file is about to be opened: its state is what the program will have seen."""
+        name = self._named(path)
+        if name is None:
+            return
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self.changed(name, "writes")
+        if name in self.files or flags & os.O_ACCMODE == os.O_WRONLY or name.startswith(_NOT_FILES):
+            return
+        if len(self.files) >= _WATCHED:
+            self.refuse(f"it reads more than {_WATCHED} files")
+        self.files[name] = identity(name)
+
+    def changed(self, path: Any, does: str) -> None:
+        """The pocket's own files are not to be changed: each run would do it anew, and this is done once."""
+        name = self._named(path)
+        if name is not None and name.startswith(self.tops):
+            self.refuse(f"it {does} {name}{self.line(sys._getframe(1))}")
+
+    def made_directory(self, path: Any) -> None:
+        name = self._named(path)
+        if name is not None and name.startswith(self.tops):
+            self.made.append(name)  # makedirs(exist_ok=True) is what programs do; each run would find it there
+
+    def _named(self, path: Any) -> Optional[str]:
+        if not isinstance(path, (str, bytes)):
+            return None  # a descriptor
+        name = os.fsdecode(path)
+        if not name.startswith("/"):
+            self.directory = True
+            name = os.path.join(_getcwd(), name)
+        return name
+
+    # -- words
+
+    def refuse(self, what: str) -> None:
+        self.refused = self.refused or f"{what} before its checkpoint; put the checkpoint before that"
+        raise Refused(self.refused)
+
+    def line(self, frame: Optional[FrameType], near: bool = False) -> str:
+        """ " in detect.py, line 5": the innermost of the pocket's own lines. `near`: only if it calls us itself."""
+        steps = 0
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name.startswith(self.tops):
+                return f" in {name}, line {frame.f_lineno}"
+            if near and os.path.basename(name) not in ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py"):
+                steps += 1
+                if steps > 1:
+                    return ""
+            frame = frame.f_back
+        return ""
+
+    # -- later, in a child
+
+    def outdated(self) -> Optional[str]:
+        """The first file that is not any more what the program read."""
+        for path, known in self.files.items():
+            if identity(path) != known:
+                return path
+        return next((path for path in self.made if not os.path.isdir(path)), None)
+
+    def differing(self, environment: Dict[bytes, bytes]) -> Optional[str]:
+        """The first variable that the program read and that a caller has otherwise."""
+        for name, value in self.variables.items():
+            if environment.get(name) != value:
+                return os.fsdecode(name)
+        return None
+
+
+_getcwd = os.getcwd
+_NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
+# sys.audit's events of what changes files, with what the program does then.
+_CHANGES = {
+    "os.remove": "removes", "os.rename": "renames", "os.rmdir": "removes", "os.link": "links", "os.symlink": "links",
+    "os.truncate": "truncates", "os.chmod": "changes", "os.utime": "changes",
+}  # fmt: skip
+
+
+def identity(path: str) -> Identity:
+    try:
+        s = os.stat(path)
+    except OSError:
+        return (0, 0, 0)
+    return (s.st_mtime_ns, s.st_size, s.st_ino)
+
+
+def _heard(event: str, arguments: Tuple[Any, ...]) -> None:
+    recorder = _active
+    if recorder is None:
+        return
+    if event == "open":
+        path, _, flags = arguments
+        recorder.opened(path, flags if isinstance(flags, int) else 0)
+    elif event == "os.mkdir":
+        recorder.made_directory(arguments[0])
+    elif event in _CHANGES:
+        recorder.changed(arguments[0], _CHANGES[event])
+
+
+def _noting(stream: io.TextIOWrapper, done: List[Dict[str, Any]]) -> Callable[..., None]:
+    plain = type(stream).reconfigure
+
+    def reconfigure(**how: Any) -> None:
+        plain(stream, **how)
+        done.append(how)
+
+    return reconfigure
+
+
+class _Arguments(list):  # type: ignore[type-arg]
+    """sys.argv: the program's own name may be asked for, and nothing else. Filled in place in each child."""
+
+    def _look(self, key: Any = None) -> None:
+        if _active is not None and key != 0:
+            _active.refuse(f"it reads its arguments{_active.line(sys._getframe(2))}")
+
+    def __getitem__(self, key: Any) -> Any:
+        self._look(key)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Any:
+        self._look()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._look()
+        return super().__len__()
+
+    def __contains__(self, item: object) -> bool:
+        self._look()
+        return super().__contains__(item)
+
+    def __eq__(self, other: object) -> bool:
+        self._look()
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def pop(self, *key: Any) -> Any:
+        self._look()
+        return super().pop(*key)
+
+    def index(self, *of: Any) -> int:
+        self._look()
+        return super().index(*of)
+
+    def copy(self) -> List[Any]:
+        self._look()
+        return super().copy()
+
+
+def _watched(plain: Any) -> Any:
+    class Environment(plain):  # type: ignore[misc]
+        def __getitem__(self, key: Any) -> Any:
+            recorder = _active
+            try:
+                value = super().__getitem__(key)
+            except KeyError:
+                value = None
+            if recorder is not None:
+                recorder.saw_variable(os.fsencode(key), None if value is None else os.fsencode(value))
+            if value is None:
+                raise KeyError(key) from None
+            return value
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            super().__setitem__(key, value)
+            if _active is not None:
+                _active.changes[os.fsencode(key)] = os.fsencode(value)
+
+        def __delitem__(self, key: Any) -> None:
+            super().__delitem__(key)
+            if _active is not None:
+                _active.changes[os.fsencode(key)] = None
+
+        def __iter__(self) -> Any:
+            if _active is not None:
+                _active.saw_environment()
+            return super().__iter__()
+
+        def copy(self) -> Any:
+            if _active is not None:
+                _active.saw_environment()
+            return super().copy()
+
+    Environment.__name__ = plain.__name__
+    Environment.__qualname__ = plain.__qualname__
+    return Environment

@@ -1,0 +1,335 @@
+"""What follows a checkpoint, run once in the template on a sample, so that all it needs is warm, and leaves no trace.
+
+What the run bound in the program's own modules, set in the interpreter, or wrote to files is undone. What cannot be
+seen, such as an item in a list that was there before, shows in the proof: the sample is run by a child of the template
+as it was before, and by one as it is afterwards, and both must do the same to the byte.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import hashlib
+import os
+import random
+import select
+import signal
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+from nsutil import clone
+from runtime import recorded, seeds
+
+TIMEOUT = 60.0  # seconds for a run of the sample
+_PRINTED = 1 << 20  # bytes of output that are compared
+_FILE = 16 << 20  # bytes of a written file that are compared
+_FILES = 1000
+
+
+class Over(recorded.Ours):
+    """The rehearsal has got as far as it was to: raised in the midst of it, past every `except Exception`."""
+
+
+class Failed(Exception):
+    """The sample cannot be rehearsed; the text says why."""
+
+
+class Outcome(NamedTuple):
+    """What a run of the sample did."""
+
+    status: int
+    out: bytes
+    err: bytes
+    files: Dict[str, Tuple[int, str]]  # mode and digest of what it wrote
+
+
+def difference(before: Outcome, after: Outcome) -> Optional[str]:
+    """The first thing in which a run from the rehearsed template is not as from the other one."""
+    for name, a, b in (("standard output", before.out, after.out), ("standard error", before.err, after.err)):
+        if a != b:
+            return f"its {name} is not the same: {_unlike(a, b)}"
+    if before.status != after.status:
+        return f"its exit status is {after.status} instead of {before.status}"
+    for path in sorted({*before.files, *after.files}):
+        if before.files.get(path) != after.files.get(path):
+            return f"it does not write the same to {path}"
+    return None
+
+
+def _unlike(a: bytes, b: bytes) -> str:
+    for x, y in zip(a.splitlines() + [b""], b.splitlines() + [b""]):
+        if x != y:
+            return f"{_shown(y)} instead of {_shown(x)}"
+    return f"{len(b)} bytes instead of {len(a)}"
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:100].decode(errors="replace"))
+
+
+# -- the interpreter, as it was
+
+
+class Snapshot:
+    """What a rehearsal may change and what is put back after it."""
+
+    def __init__(self, tops: Tuple[str, ...]):
+        self.tops = tops
+        self.names = {name: dict(vars(module)) for name, module in self._own()}
+        self.modules = set(sys.modules)
+        self.environment = dict(os.environb)
+        self.path = list(sys.path)
+        self.directory = os.getcwd()
+        self.mask = os.umask(0)
+        os.umask(self.mask)
+        self.handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
+        self.sys = {name: getattr(sys, name, None) for name in _SYS}
+        self.limit = sys.getrecursionlimit()
+        self.random = states()
+
+    def _own(self) -> Iterator[Tuple[str, Any]]:
+        for name, module in list(sys.modules.items()):
+            path = getattr(module, "__file__", None)
+            if name == "__main__" or (isinstance(path, str) and path.startswith(self.tops)):
+                yield name, module
+
+    def restore(self) -> None:
+        for name, module in list(self._own()):
+            if name not in self.modules:
+                del sys.modules[name]  # imported again, by each run
+            elif name in self.names:
+                there, had = vars(module), self.names[name]
+                for key in [key for key in there if key not in had]:
+                    del there[key]
+                there.update(had)
+        for key in [key for key in os.environb if key not in self.environment]:
+            del os.environb[key]
+        for key, value in self.environment.items():
+            if os.environb.get(key) != value:
+                os.environb[key] = value
+        sys.path[:] = self.path
+        os.chdir(self.directory)
+        os.umask(self.mask)
+        for number, handler in self.handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler and number not in _FIXED:
+                signal.signal(number, handler)
+        for name, value in self.sys.items():
+            setattr(sys, name, value)
+        sys.setrecursionlimit(self.limit)
+        gc.collect()
+        put_back(self.random)
+
+
+_SYS = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
+_FIXED = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def states() -> Dict[str, Any]:
+    """Of every global random generator of this process, its state."""
+    found: Dict[str, Any] = {"random": random.getstate()}
+    numpy_random, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
+    if numpy_random:
+        found["numpy"] = numpy_random.get_state()
+    if torch:
+        found["torch"] = torch.get_rng_state()
+    context = _context()
+    if context is not None:
+        rng = getattr(context, "_rng", None)
+        found["tensorflow"] = (context._seed, rng.getstate() if rng else None)
+    found["own"] = [(g, g._bit_generator.state) for g in seeds.generators()]
+    found["own random"] = [(g, g.getstate()) for g in gc.get_objects() if type(g) is random.Random]
+    return found
+
+
+def put_back(found: Dict[str, Any]) -> None:
+    random.setstate(found["random"])
+    if "numpy" in found:
+        sys.modules["numpy.random"].set_state(found["numpy"])
+    if "torch" in found:
+        sys.modules["torch"].set_rng_state(found["torch"])
+    for g, state in found["own"]:
+        g._bit_generator.state = state
+    for g, state in found["own random"]:
+        g.setstate(state)
+    context = _context()
+    if context is not None and "tensorflow" in found:
+        seed, state = found["tensorflow"]
+        context._seed = seed
+        if state is not None:
+            context._rng.setstate(state)
+        elif getattr(context, "_rng", None) is not None and seed is None:
+            context._rng = None
+
+
+def _context() -> Any:
+    module = sys.modules.get("tensorflow.python.eager.context")
+    return module.context_safe() if module else None
+
+
+# -- files
+
+
+class Places:
+    """Directories in which runs of the sample may write: what is there, so that what they wrote is seen and removed."""
+
+    def __init__(self, directories: Tuple[str, ...]):
+        self.directories = directories
+        self.before = dict(self._all())
+
+    def _all(self) -> Iterator[Tuple[str, Tuple[int, int, int, int]]]:
+        for top in self.directories:
+            for here, directories, files in os.walk(top):
+                for name in (*directories, *files):
+                    path = os.path.join(here, name)
+                    try:
+                        s = os.lstat(path)
+                    except OSError:
+                        continue
+                    times = (0, 0) if name in directories else (s.st_mtime_ns, s.st_size)
+                    yield path, (s.st_mode, s.st_ino, *times)
+
+    def written(self) -> Dict[str, Tuple[int, str]]:
+        """What is new or changed: mode and digest by path."""
+        found: Dict[str, Tuple[int, str]] = {}
+        for path, known in self._all():
+            if self.before.get(path) != known and len(found) < _FILES:
+                found[path] = (known[0], _digest(path))
+        for path in set(self.before) - {path for path, _ in self._all()}:
+            found[path] = (0, "removed")
+        return found
+
+    def clear(self) -> None:
+        """Remove what is new."""
+        for path in sorted((p for p, _ in self._all() if p not in self.before), reverse=True):
+            try:
+                os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+            except OSError:
+                pass
+
+
+def _digest(path: str) -> str:
+    if os.path.islink(path):
+        return os.readlink(path)
+    if not os.path.isfile(path):
+        return ""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            digest.update(f.read(_FILE))
+    except OSError:
+        return "unreadable"
+    return digest.hexdigest()
+
+
+# -- runs
+
+
+def capture() -> Tuple[int, int]:
+    """Two files for a run's output, the caller's."""
+    return os.memfd_create("stdout", os.MFD_CLOEXEC), os.memfd_create("stderr", os.MFD_CLOEXEC)
+
+
+def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcome]:
+    """Run the sample in a child: None there, once `become(out, err)` has made it the run; in the template, what it did.
+
+    Raises Failed when it takes too long.
+    """
+    out, err = capture()
+    try:
+        child = clone.live_fork()
+    except OSError as e:
+        raise Failed(f"the template could not fork: {e}") from None
+    if child is None:
+        become(out, err)
+        return None
+    try:
+        status = _wait(child)
+        printed = [os.pread(fd, _PRINTED, 0) for fd in (out, err)]
+        return Outcome(os.waitstatus_to_exitcode(status), *printed, places.written())
+    finally:
+        for fd in (out, err, child.pidfd):
+            os.close(fd)
+        places.clear()
+
+
+def _wait(child: clone.Child) -> int:
+    if not select.select([child.pidfd], [], [], TIMEOUT)[0]:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        raise Failed(
+            f"the sample did not end within {TIMEOUT:.0f} s; name by rehearse_until when a rehearsal is over, "
+            "if it is not to end by itself"
+        )
+    return os.waitpid(child.pid, 0)[1]
+
+
+class Until:
+    """When a rehearsal is over before the program ends: at its first output, after some seconds, or when it says so."""
+
+    def __init__(self, until: Optional[str]):
+        self.until = until
+        self._undo: List[Callable[[], object]] = []
+        self._seconds = float(until) if until and until not in ("output", "rehearsed") else 0.0
+
+    def begin(self) -> None:
+        if self.until == "output":
+            for name in ("stdout", "stderr"):
+                self._tap(getattr(sys, name))
+        elif self._seconds:
+            before = signal.signal(signal.SIGALRM, _over)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+            self._undo += [
+                lambda: signal.setitimer(signal.ITIMER_REAL, 0),
+                lambda: signal.signal(signal.SIGALRM, before),
+            ]
+
+    def _tap(self, stream: Any) -> None:
+        plain = stream.write
+
+        def write(text: str) -> Any:
+            done = plain(text)
+            stream.flush()
+            if "\n" in text and threading.current_thread() is threading.main_thread():
+                raise Over
+            return done
+
+        stream.write = write
+        self._undo.append(lambda: stream.__dict__.pop("write", None))
+
+    def end(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+
+def _over(*_: object) -> None:
+    raise Over
+
+
+class Exits:
+    """What the pocket's own code registers by atexit during a rehearsal, each run registers again: it is dropped."""
+
+    def __init__(self, tops: Tuple[str, ...]):
+        self._tops = tops
+        self._plain = atexit.register
+
+    def begin(self) -> None:
+        atexit.register = self._register
+
+    def end(self) -> None:
+        atexit.register = self._plain
+
+    def _register(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename.startswith(self._tops):
+            return function
+        return self._plain(function, *args, **kwargs)
+
+
+def settle_threads(seconds: float = 2.0) -> None:
+    """Let threads that the run started and that end by themselves end."""
+    end = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, end - time.monotonic()))

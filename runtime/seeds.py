@@ -1,0 +1,216 @@
+"""Who seeded which random generator before a program was held.
+
+A generator that the program seeded goes on from its state in each child, as the program asked. One that nobody seeded
+is another in each run of plain Python, and so it is made another in each child. Which is which cannot be read off a
+generator afterwards, so seeding is watched.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import random
+import sys
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+# Modules whose functions set a global generator: names of functions, and of the generator as `randomness.renew` has it.
+_SETTERS: Dict[str, Tuple[Tuple[str, ...], str]] = {
+    "numpy.random": (("seed", "set_state"), "numpy"),
+    "torch.random": (("manual_seed", "set_rng_state"), "torch"),
+}
+_instance: random.Random = random._inst  # whose methods are the module's functions
+_KERAS = "keras.src.random.seed_generator"
+
+
+class Seeds:
+    """Watches from `begin` to `end`; `renew` is for each child. `kept`: the global generators that were seeded."""
+
+    def __init__(self) -> None:
+        self.kept: Set[str] = set()
+        self.unsure: List[str] = []  # generators of which it is not known, as words
+        self._drawn: Set[int] = set()  # numbers of 128 bits from the kernel: seeds of nobody's choice
+        self._unseeded: "weakref.WeakSet[random.Random]" = weakref.WeakSet()
+        self._before: Set[int] = set()
+        self._arrays: List[Any] = []  # numpy's generators that nobody seeded
+        self._layers: List[Any] = []  # Keras' SeedGenerators, the same
+        self._defaults: Set[int] = set()
+        self._context: Any = None
+        self._finder = _Finder(self._watch)
+        self._undo: List[Callable[[], object]] = []
+
+    def begin(self) -> None:
+        self._random()
+        for name in (*_SETTERS, _KERAS):
+            module = sys.modules.get(name)
+            if module:
+                self._watch(module)
+        sys.meta_path.insert(0, self._finder)
+        self._context = _tensorflow_seed()
+        self._before = {id(g) for g in generators()}
+
+    def end(self) -> None:
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def find(self) -> None:
+        """What there is by now that nobody seeded, and that `renew` has to make another."""
+        if _tensorflow_seed() != self._context:
+            self.kept.add("tensorflow")
+        for g in generators():
+            if id(g) in self._before:
+                continue
+            sequence = getattr(g._bit_generator, "_seed_seq", None)
+            entropy = getattr(sequence, "entropy", None)
+            if isinstance(entropy, int) and entropy in self._drawn:
+                self._arrays.append(g)
+            elif isinstance(entropy, int) and entropy.bit_length() > 64:
+                self.unsure.append(f"{type(g).__name__} of numpy, seeded with a number of {entropy.bit_length()} bits")
+        keras = sys.modules.get(_KERAS)
+        if keras and not self.kept & {"random", "keras"}:
+            self._layers = [g for g in _of_type(keras.SeedGenerator) if _number(g) in self._defaults]
+
+    def renew(self) -> None:
+        for generator in list(self._unseeded):
+            if generator is not random._inst:
+                generator.seed()
+        for g in self._arrays:
+            g._bit_generator.state = type(g._bit_generator)().state
+        for g in self._layers:
+            g.state.assign([random.SystemRandom().randrange(1, 1 << 31), 0])
+
+    # -- watching
+
+    def _set(self, holder: Any, name: str, value: Any) -> None:
+        old = getattr(holder, name)
+        setattr(holder, name, value)
+        self._undo.append(lambda: setattr(holder, name, old) if getattr(holder, name, None) is value else None)
+
+    def _random(self) -> None:
+        urandom, seed = random._urandom, random.Random.seed  # type: ignore[attr-defined]
+
+        def drawn(count: int) -> bytes:
+            got: bytes = urandom(count)
+            if count == 16:  # as numpy's SeedSequence takes its entropy
+                self._drawn.update((int.from_bytes(got, "big"), int.from_bytes(got, "little")))
+            return got
+
+        def seeded(generator: random.Random, a: Any = None, version: int = 2) -> None:
+            seed(generator, a, version)
+            self.kept.discard("random") if generator is random._inst else None
+            if a is None:
+                self._unseeded.add(generator)
+                return
+            self._unseeded.discard(generator)
+            self.kept.add("random") if generator is random._inst else None
+
+        state = _instance.setstate
+
+        def restored(to: Any) -> None:
+            state(to)
+            self.kept.add("random")
+
+        self._set(random, "_urandom", drawn)
+        self._set(random.Random, "seed", seeded)
+        # The module's functions are bound to the class's as it was.
+        self._set(random, "seed", _instance.seed)
+        self._set(random, "setstate", restored)
+
+    def _watch(self, module: Any) -> None:
+        if module.__name__ == _KERAS:
+            self._keras(module)
+            return
+        functions, generator = _SETTERS[module.__name__]
+        for name in functions:
+            self._set(module, name, self._noting(getattr(module, name), generator))
+        for parent in ("torch",):  # torch.manual_seed is torch.random's
+            holder = sys.modules.get(parent)
+            if holder and module.__name__.startswith(parent + ".") and hasattr(holder, "manual_seed"):
+                self._set(holder, "manual_seed", module.manual_seed)
+
+    def _noting(self, function: Any, generator: str) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            (self.kept.discard if given is None else self.kept.add)(generator)
+            return result
+
+        noting.__name__, noting.__doc__ = getattr(function, "__name__", "seed"), function.__doc__
+        return noting
+
+    def _keras(self, module: Any) -> None:
+        plain = module.make_default_seed
+
+        def default() -> int:
+            number: int = plain()
+            self._defaults.add(number)
+            return number
+
+        self._set(module, "make_default_seed", default)
+
+
+def _number(generator: Any) -> Optional[int]:
+    found = getattr(generator, "_initial_seed", None)
+    return found if isinstance(found, int) else None
+
+
+def _of_type(kind: Any) -> List[Any]:
+    return [o for o in gc.get_objects() if type(o) is kind]
+
+
+def generators() -> List[Any]:
+    """Numpy's generators that somebody made."""
+    numpy_random = sys.modules.get("numpy.random")
+    if not numpy_random:
+        return []
+    kinds = (numpy_random.Generator, numpy_random.RandomState)
+    the_global = getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
+    return [o for o in gc.get_objects() if type(o) in kinds and o is not the_global]
+
+
+def _tensorflow_seed() -> Any:
+    module = sys.modules.get("tensorflow.python.eager.context")
+    context = module.context_safe() if module else None
+    return getattr(context, "_seed", None)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Tells of a watched module once it has been imported."""
+
+    def __init__(self, told: Callable[[Any], None]):
+        self._told = told
+        self._busy = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
+        if name not in (*_SETTERS, _KERAS) or self._busy:
+            return None
+        self._busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._busy = False
+        if spec and spec.loader:
+            spec.loader = _Loader(spec.loader, self._told)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: Any, told: Callable[[Any], None]):
+        self._loader = loader
+        self._told = told
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        self._loader.exec_module(module)
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._told(module)

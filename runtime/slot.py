@@ -1,0 +1,20 @@
+"""A worker's side of a slot: all is done but what is its caller's own, and it waits for the session it will serve."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from nsutil.messages import MessageError
+from pocketd import wire
+
+
+def wait(sock: socket.socket) -> socket.socket:
+    """Say that we wait, and wait. Returns the session's socket; `sock` stays open, for the answer. Ends the process
+    when nobody will come."""
+    try:
+        wire.send(sock, {"op": "waiting"})
+        _, fds = wire.receive(sock)
+    except (EOFError, OSError, MessageError):
+        os._exit(0)
+    return socket.socket(fileno=fds.take())
