@@ -104,11 +104,11 @@ class Snapshot:
                 for key in [key for key in there if key not in had]:
                     del there[key]
                 there.update(had)
-        for key in [key for key in os.environb if key not in self.environment]:
-            del os.environb[key]
-        for key, value in self.environment.items():
-            if os.environb.get(key) != value:
-                os.environb[key] = value
+        for variable in [variable for variable in os.environb if variable not in self.environment]:
+            del os.environb[variable]
+        for variable, text in self.environment.items():
+            if os.environb.get(variable) != text:
+                os.environb[variable] = text
         sys.path[:] = self.path
         os.chdir(self.directory)
         os.umask(self.mask)
@@ -246,8 +246,8 @@ def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcom
         return None
     try:
         status = _wait(child)
-        printed = [os.pread(fd, _PRINTED, 0) for fd in (out, err)]
-        return Outcome(os.waitstatus_to_exitcode(status), *printed, places.written())
+        code = os.waitstatus_to_exitcode(status)
+        return Outcome(code, os.pread(out, _PRINTED, 0), os.pread(err, _PRINTED, 0), places.written())
     finally:
         for fd in (out, err, child.pidfd):
             os.close(fd)
@@ -313,10 +313,10 @@ class Exits:
 
     def __init__(self, tops: Tuple[str, ...]):
         self._tops = tops
-        self._plain = atexit.register
+        self._plain: Any = atexit.register
 
     def begin(self) -> None:
-        atexit.register = self._register
+        atexit.register = self._register  # type: ignore[assignment]
 
     def end(self) -> None:
         atexit.register = self._plain
