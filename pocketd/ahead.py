@@ -26,7 +26,13 @@ _ANOTHER_WAY = ("held", "no-template")
 
 
 async def launch(
-    daemon: Daemon, generation: Generation, plan: Plan, peer: processes.Peer, request: Message, given: dict[str, Any]
+    daemon: Daemon,
+    generation: Generation,
+    plan: Plan,
+    peer: processes.Peer,
+    request: Message,
+    given: dict[str, Any],
+    marks: orders.Marks,
 ) -> Session | None:
     """A session whose worker is there sooner, or None. Raises Error for what is wrong with the launch itself."""
     definition = plan.definition
@@ -39,7 +45,8 @@ async def launch(
     if slot:
         session = _session(generation, plan, peer, str(request["session"]), slot.leaf, slot.held)
         session.pid = slot.pid
-        if await _tried(generation, session, generation.slots.assign(slot, session.id, session.note, given)):
+        marks.append(("pocketd has a slot", time.monotonic()))
+        if await _tried(generation, session, generation.slots.assign(slot, session.id, session.note, given, marks)):
             return _started(generation, session, "slot")
     if not definition.checkpoint:
         return None
@@ -49,7 +56,8 @@ async def launch(
     session = _session(
         generation, plan, peer, str(request["session"]), holder.leaf(str(request["session"])), holder.number
     )
-    if await _tried(generation, session, generation.held.introduce(holder, session, given)):
+    marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
+    if await _tried(generation, session, generation.held.introduce(holder, session, given, marks)):
         return _started(generation, session, "held")
     return None
 

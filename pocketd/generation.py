@@ -195,8 +195,6 @@ class Generation:
             op = message.get("op")
             if op == "session-ended" and self.slots.ended(message["session"]):
                 pass
-            elif op == "slot-ready":
-                self.slots.ready(message["session"])
             elif op == "session-ended":
                 self.keep(self._end_session(message["session"], message.get("status"), message.get("error")))
             elif op == "session-born" and message["session"] in self.sessions:  # asked for by the pocketd before

@@ -280,7 +280,7 @@ class Held:
 
     # -- launching
 
-    async def introduce(self, holder: Holder, session: Session, given: dict[str, Any]) -> None:
+    async def introduce(self, holder: Holder, session: Session, given: dict[str, Any], marks: orders.Marks) -> None:
         """Have it make a session's worker. Raises Error("held") where this run cannot come from it: its caller's start
         is untouched then."""
         g = self.generation
@@ -292,6 +292,7 @@ class Held:
         try:
             passed = [leaf.fd, given["session"], given["hold"], seen]
             fields: dict[str, Any] = {"template": holder.number, "mode": "program", "note": session.note}
+            fields["marks"] = marks
             _, received = await g.init.call("launch", passed, session=session.id, **fields)
         finally:
             os.close(seen)

@@ -32,6 +32,7 @@ _MODES = ("program", "client")
 
 async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds, progress: Progress) -> Message:
     """Serve one login. `fds` is the caller's to close; raises Error with what to do about it."""
+    marks = [("pocketd has the request", time.monotonic())]
     identity, mode = wire.field(request, "session", str), wire.field(request, "mode", str)
     if not _SESSION.fullmatch(identity) or mode not in _MODES:
         raise Error("bad-request", "a login names a session of 32 hexadecimal digits and a mode, program or client")
@@ -53,7 +54,7 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         plan = make_plan(daemon, generation, peer, definition, identity)
         daemon.claimed.add(plan.uid)  # until its session is there, or is not
         stack.callback(daemon.claimed.discard, plan.uid)
-        ready = await ahead.launch(daemon, generation, plan, peer, request, given)
+        ready = await ahead.launch(daemon, generation, plan, peer, request, given, marks)
         if ready:
             return _reply(generation, ready)
         # An id of the range owns nothing on disk: its pocket's owner's files are shown as its own.
@@ -83,7 +84,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
                 passed.append(given["credentials"])
             if plan.network == "host":
                 passed.append(daemon.network)
-            await _introduce(generation, template.number, session, mode, passed)
+            marks.append(("pocketd has what the worker needs", time.monotonic()))
+            await _introduce(generation, template.number, session, mode, passed, marks)
         except BaseException:
             await generation.drop_session(session)
             raise
@@ -149,12 +151,15 @@ def _note(plan: Plan, leaf: Cgroup, mode: str, files: list[tuple[int, Message]])
     }
 
 
-async def _introduce(generation: Generation, template: int, session: Session, mode: str, passed: list[int]) -> None:
+async def _introduce(
+    generation: Generation, template: int, session: Session, mode: str, passed: list[int], marks: orders.Marks
+) -> None:
     """Hand all over to init, which has the template fork. After this pocketd is not needed."""
     if not generation.init:
         raise Error("service", f"service {generation.name} has ended")
     host = session.note["network"] == "host"
     fields: dict[str, Any] = {"session": session.id, "template": template, "mode": mode, "note": session.note}
+    fields["marks"] = marks
     message, received = await generation.init.call("launch", passed, host_network=host, **fields)
     with received:
         if len(received):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
     from pocketd.generation import Generation
 
+Marks = list[tuple[str, float]]  # what was done when, for `pocket run --trace` (runtime.trace)
 _DEFAULTS = {"pids.max": "4096"}  # of a pocket that says nothing of it: a fork bomb stays within it
 _TMP = 1 << 30  # bytes, at most, of a worker's /tmp, home and /dev/shm each: charged to its pocket as it writes
 

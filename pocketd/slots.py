@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
-from nsutil import processes
-from pocketd import events, orders, shown
+from nsutil import messages, processes
+from pocketd import events, orders, shown, wire
 from pocketd.definitions import Pocket
 from pocketd.wire import Error, Message
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 DELAY = 0.05  # seconds after a launch until its slot is replaced: the program goes first
 BACKOFF = 5.0  # seconds after a slot that could not be made
-BORN = 20.0  # seconds that a template may take to fork one
+TAKEN = 10.0  # seconds that a slot may take to say that it has its session
+_WORDS = wire.Bounds(4 * 1024, 4, 32)
 
 
 @dataclass
@@ -42,6 +45,22 @@ class Slot:
     pid: int = 0
     ready: bool = False
     gone: bool = False
+    sock: socket.socket | None = None  # what it listens on, our end
+    taken: asyncio.Future[None] | None = None  # its answer, once it has been given a session
+
+    def answer(self, error: Error | None) -> None:
+        if self.taken is None or self.taken.done():
+            return
+        if error:
+            self.taken.set_exception(error)
+        else:
+            self.taken.set_result(None)
+
+    def close(self) -> None:
+        if self.sock:
+            asyncio.get_running_loop().remove_reader(self.sock)
+            self.sock.close()
+            self.sock = None
 
 
 class Slots:
@@ -158,39 +177,76 @@ class Slots:
         assert g.init
         self.by_id[slot.id] = slot
         note = {"slot": True, "pocket": slot.pocket, "leaf": slot.leaf.kernel_path, "held": slot.held}
+        slot.sock, theirs = messages.pair()
+        slot.sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(slot.sock, self._hear, slot)
         try:
-            message, fds = await g.init.call(
-                *("slot", passed), slot=slot.id, template=template, note=note, host_network=host, timeout_s=BORN
-            )
+            fds = [passed[0], theirs.fileno(), *passed[1:]]
+            fields: dict[str, Any] = {"slot": slot.id, "template": template, "note": note, "host_network": host}
+            _, received = await g.init.call("slot", fds, **fields)
         except BaseException:
             await self._drop(slot)
             raise
-        with fds:
-            if len(fds):
-                slot.pid = orders.pid_of(fds.take())
+        finally:
+            theirs.close()
+        with received:
+            if len(received):
+                slot.pid = orders.pid_of(received.take())
 
-    def ready(self, identity: str) -> bool:
-        """Init says that a slot waits. False when there is none of that id."""
-        slot = self.by_id.get(identity)
-        if slot is None:
-            return False
-        if not slot.gone:
+    def _hear(self, slot: Slot) -> None:
+        """A few words of no consequence, of a process that is not trusted."""
+        assert slot.sock
+        try:
+            if messages.carries(slot.sock):
+                raise messages.MessageError("a slot sends no descriptors")
+            message, fds = wire.receive(slot.sock, bounds=_WORDS)
+            fds.rest()
+        except BlockingIOError:
+            return
+        except (EOFError, OSError, messages.MessageError):
+            message = {"op": "refused", "error": Error("held", "its slot has ended").wire()}
+        operation = message.get("op")
+        if operation == "waiting" and not slot.gone and not slot.ready:
             slot.ready = True
             self.waiting.setdefault(slot.pocket, deque()).append(slot)
-        return True
+            return
+        slot.close()
+        if operation == "taken" or slot.taken is None:
+            slot.answer(None)
+            if slot.taken is None:
+                self._end(slot)
+            return
+        slot.answer(Error("held", Error.unwire(message.get("error")).message[:1000]))
 
     # -- handed out
 
-    async def assign(self, slot: Slot, identity: str, note: Message, given: dict[str, Any]) -> None:
+    async def assign(
+        self, slot: Slot, identity: str, note: Message, given: dict[str, Any], marks: orders.Marks
+    ) -> None:
         """Give a slot its session. Raises Error("held") where it cannot be that: its caller's start is untouched."""
         g = self.generation
-        if not g.init:
-            raise Error("service", f"service {g.name} has ended")
+        if not g.init or slot.sock is None:
+            raise Error("held", f"service {g.name} has ended, or the slot")
         del self.by_id[slot.id]
         slot.gone = True
-        passed = [given["session"], given["hold"]]
-        _, fds = await g.init.call("assign", passed, slot=slot.id, session=identity, note=note)
-        fds.close()
+        slot.taken = asyncio.get_running_loop().create_future()
+        # Init first: should pocketd end between the two, nothing runs that init does not know of.
+        known = asyncio.ensure_future(g.init.call("assign", [given["hold"]], slot=slot.id, session=identity, note=note))
+        await asyncio.sleep(0)  # by now it is sent
+        try:
+            marks.append(("pocketd wakes the slot", time.monotonic()))
+            try:
+                wire.send(slot.sock, {"op": "session", "marks": marks}, [given["session"]])
+            except OSError as e:
+                slot.answer(Error("held", f"its slot has ended: {e}"))
+            _, fds = await known
+            fds.close()
+            async with asyncio.timeout(TAKEN):
+                await slot.taken
+        except TimeoutError:
+            raise Error("held", f"its slot did not answer within {TAKEN:g} s") from None
+        finally:
+            slot.close()
 
     # -- their end
 
@@ -206,6 +262,7 @@ class Slots:
 
     async def _drop(self, slot: Slot) -> None:
         slot.gone = True
+        slot.close()
         with suppress(ValueError, KeyError):
             self.waiting[slot.pocket].remove(slot)
         if self.by_id.pop(slot.id, None):
@@ -247,6 +304,7 @@ class Slots:
             timer.cancel()
         self._filling.clear()
         for slot in self.by_id.values():
+            slot.close()
             slot.leaf.close()
         self.by_id.clear()
         self.waiting.clear()

@@ -33,7 +33,6 @@ class Session:
     error: Optional[Message] = None  # what is known of its death beside its status
     events: int = -1  # its leaf's cgroup.events, where it has no pause
     early: Optional[Tuple[int, int]] = None  # its worker's pid and status, where it ended before it was said to be born
-    waits: Optional[socket.socket] = None  # what a slot listens on, our end (runtime.slots)
     output: Optional[int] = None  # our end of the worker's standard output, in client mode
 
     def summary(self) -> Message:

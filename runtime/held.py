@@ -25,6 +25,7 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import checkpoint, cold, interpreter, program, randomness, recorded, rehearsal, seeds, slot
+from runtime.trace import Trace
 
 FAILED = 125  # pocketd's own failure, as podman's
 PRINTED = 1 << 20  # bytes that a program may print before its checkpoint, to each stream
@@ -53,6 +54,7 @@ class Held:
         self.streams: Dict[str, Tuple[Any, Any]] = {}
         self.compiled: Any = None
         self.rehearsing = False
+        self.changed: Optional[str] = None  # a file of the service's that is not any more what was imported
         self.collecting = True
         hold = orders["hold"]
         self.program: str = hold["program"]
@@ -355,7 +357,8 @@ class Held:
                     return
 
     def fork(self, message: Message, leaf: int, session: int, avoid: Tuple[int, ...]) -> None:
-        launch = message["launch"]
+        launch, trace = message["launch"], Trace(message.get("marks"))
+        trace.mark("the pocket's template has the request")
         changed = self.outdated()
         if changed:
             self.refuse(launch, changed)
@@ -367,9 +370,11 @@ class Held:
             return
         if child is not None:
             os.close(child.pidfd)
+            self.changed = self.recorder.libraries_outdated()
             return
         try:
-            self.become(message, session, avoid)
+            trace.mark("the worker is born")
+            self.become(message, session, avoid, trace)
         except BaseException as e:
             error = e if isinstance(e, Error) else Error("launch", f"{type(e).__name__}: {e}")
             if self.child:  # its caller's start is taken
@@ -384,13 +389,14 @@ class Held:
 
     # -- in a child
 
-    def become(self, message: Message, session: int, avoid: Tuple[int, ...]) -> None:
+    def become(self, message: Message, session: int, avoid: Tuple[int, ...], trace: Trace) -> None:
         """Be the process of one run, or say why this run cannot come from here and end: nothing of its caller's has
         been taken from the session's socket then."""
         launch = message["launch"]
         os.setsid()
         set_oom_score()
         clone.revive()
+        trace.mark("its threads are back")
         if os.getpid() in avoid:
             self.refuse(launch, "its pid would be that of one of its templates")
             os._exit(0)
@@ -400,8 +406,9 @@ class Held:
             wire.send(self.talk, {"op": "forked", "launch": launch})
             for fd in self.open_files:
                 clone.reopen(fd)
+            self.prepare()
             answers, words = sock, {}
-            sock = slot.wait(sock)
+            sock = slot.wait(sock, trace)
         peeked, given = wire.receive(sock, socket.MSG_PEEK)
         given.close()
         why = self.outdated() or self.differing(peeked)
@@ -413,15 +420,20 @@ class Held:
                 clone.reopen(fd)
         wire.send(answers, {"op": "taken" if message.get("slot") else "forked", **words})
         start, given = wire.receive(sock)
+        trace.mark("it has its caller's start")
         self.child = True
         answers.close()
         self.talk.close()
         sock.close()
         os.close(self.log)
+        if not message.get("slot"):
+            self.renew()
         self.take_over(start, given.rest())
+        trace.mark("environment, directory, streams, random state are its caller's")
+        trace.print(start.get("trace"))
 
     def outdated(self) -> Optional[str]:
-        changed = self.recorder.outdated()
+        changed = self.changed or self.recorder.outdated()
         return f"{changed} has changed since the program read it" if changed else None
 
     def differing(self, start: Message) -> Optional[str]:
@@ -444,6 +456,19 @@ class Held:
             return f"it was started in {started}, and the program looked at its directory before its checkpoint"
         return None
 
+    def prepare(self) -> None:
+        """In a slot: do what can be done before it is known for whom, and go through the rest once."""
+        self.renew()
+        interpreter.touch(self.restore_streams)
+        self.differing({"kind": "file", "mode": "program", "program": os.fsencode(self.program), "environment": []})
+        fill(sys.argv, [self.program])
+        if self.collecting:
+            gc.enable()
+
+    def renew(self) -> None:
+        randomness.renew(self.seeds.kept)
+        self.seeds.renew()
+
     def take_over(self, start: Message, fds: List[int]) -> None:
         self.start = start
         present = wire.field(start, "stdio", list)
@@ -461,8 +486,6 @@ class Held:
                 os.environb.pop(name, None)
             else:
                 os.environb[name] = value
-        randomness.renew(self.seeds.kept)
-        self.seeds.renew()
         arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
         fill(sys.argv, [self.program, *arguments])
         fill(sys.orig_argv, [sys.executable, self.program, *arguments])

@@ -175,15 +175,16 @@ class Holding:
 
     # -- its sessions
 
-    def launch_held(self, t: Template, s: Session, shown: int, session_fd: int) -> None:
+    def launch_held(
+        self, t: Template, s: Session, shown: int, session_fd: int, marks: Any = (), slot: bool = False
+    ) -> None:
         """Have a pocket's template make a worker, or a slot, whose socket is `session_fd`. `shown` is the session's
         leaf as the template may have it."""
         s.events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=s.leaf)
         populated(s)  # from here on a change is told
         self.watch(s.events, lambda: self.leaf_changed(s), select.EPOLLPRI)
         try:
-            slot = s.waits is not None
-            wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot}, [shown, session_fd])
+            wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot, "marks": marks}, [shown, session_fd])
         except OSError as e:
             self.fail(s, Error("held", f"template {t.number} does not take a launch: {e}"))
 

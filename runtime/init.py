@@ -396,7 +396,8 @@ class Init(Holding, Slots):
         self.sessions[identity] = self.launching[s.launch] = s
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
         if pause is None:
-            self.launch_held(t, s, orders, session_fd)
+            marks = marked(message, "init asks the pocket's template")
+            self.launch_held(t, s, orders, session_fd, marks)
             os.close(session_fd)
             os.close(orders)
             return
@@ -408,7 +409,8 @@ class Init(Holding, Slots):
             self.watch(s.output, lambda: self.drain_worker(s))
             passed.insert(4, out)
         try:
-            wire.send(t.talk, {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}, passed)
+            request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
+            wire.send(t.talk, {**request, "marks": marked(message, "init has a pause and asks the template")}, passed)
         except OSError as e:
             self.fail(s, Error("template", f"template {t.number} is gone: {e}"))
         finally:
@@ -555,9 +557,6 @@ class Init(Holding, Slots):
     def died(self, s: Session, status: int) -> None:
         """The worker has ended: its caller hears at once; what it left behind ends now."""
         s.status = status
-        if s.waits:
-            self.drop_waits(s)
-            self.answer(s, Error("held", "the slot ended before its program began"))
         message: Message = {"op": "exit", "status": status}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended
         if killed and oom.kills(s.leaf) > s.oom_kills:
@@ -573,7 +572,6 @@ class Init(Holding, Slots):
 
     def over(self, s: Session) -> None:
         """The session's pid namespace is empty."""
-        self.drop_waits(s)
         if s.status is None and s.request is None and s.pid:
             try:
                 _, s.status = os.waitpid(s.pid, os.WNOHANG | WALL)
@@ -604,6 +602,11 @@ class Init(Holding, Slots):
         while len(self.ended) > 1000:
             self.ended.pop(next(iter(self.ended)))
         self.tell({"op": "session-ended", **ended})
+
+
+def marked(message: Message, done: str) -> Any:
+    """The marks of a launch (runtime.trace) and ours."""
+    return [*message.get("marks", ()), (done, time.monotonic())]
 
 
 def hold_socket(fd: int) -> socket.socket:

@@ -37,6 +37,7 @@ class Recorder:
         self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
         self.changes: Dict[bytes, Optional[bytes]] = {}  # what the program itself set, or took away (None)
         self.files: Dict[str, Identity] = {}
+        self.libraries: Dict[str, Identity] = {}  # those of the service: they change when something is installed
         self.directory = False  # it asked for the working directory, or went by it
         self.terminal: Set[int] = set()  # descriptors that it asked about
         self.reconfigured: Dict[str, List[Dict[str, Any]]] = {}
@@ -144,6 +145,10 @@ class Recorder:
             self.changed(name, "writes")
         if name in self.files or flags & os.O_ACCMODE == os.O_WRONLY or name.startswith(_NOT_FILES):
             return
+        if name.startswith(_LIBRARIES) and not name.startswith(self.tops):
+            if name not in self.libraries and len(self.libraries) < 4 * _WATCHED:
+                self.libraries[name] = identity(name)
+            return
         if len(self.files) >= _WATCHED:
             self.refuse(f"it reads more than {_WATCHED} files")
         self.files[name] = identity(name)
@@ -190,6 +195,11 @@ class Recorder:
 
     # -- later, in a child
 
+    def libraries_outdated(self) -> Optional[str]:
+        """The first file of the service's that is another by now. There may be thousands, so they are not looked at
+        before a fork but after one."""
+        return next((path for path, known in self.libraries.items() if identity(path) != known), None)
+
     def outdated(self) -> Optional[str]:
         """The first file that is not any more what the program read."""
         for path, known in self.files.items():
@@ -207,6 +217,7 @@ class Recorder:
 
 _getcwd = os.getcwd
 _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
+_LIBRARIES = tuple(f"{p}/" for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr", "/lib")))
 # sys.audit's events of what changes files, with what the program does then.
 _CHANGES = {
     "os.remove": "removes", "os.rename": "renames", "os.rmdir": "removes", "os.link": "links", "os.symlink": "links",

@@ -21,6 +21,7 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, worker
+from runtime.trace import Trace
 
 # A private network namespace unless the pocket may use the host's.
 _FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
@@ -129,6 +130,8 @@ def fork_worker(
     template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...], clean: interpreter.Clean
 ) -> None:
     """One launch. The child never returns from here."""
+    trace = Trace(message.get("marks"))
+    trace.mark("the template has the request")
     leaf, pause, session, orders = fds.take(), fds.take(), fds.take(), fds.take()
     handed = fds.rest()
     try:
@@ -137,8 +140,9 @@ def fork_worker(
             flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
         )
         if child is None:
+            trace.mark("the worker is born")
             template.ancestors = avoid
-            worker.run(template, session, orders, handed, clean)
+            worker.run(template, session, orders, handed, clean, trace)
     except OSError as e:
         error = Error("fork", f"the template could not fork: {e}")
         template.say({"op": "refused", "launch": message["launch"], "error": error.wire()})

@@ -21,13 +21,16 @@ from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, held, interpreter, program, randomness, session, slot
 from runtime.confinement import EMPTY, confine, homes_of
+from runtime.trace import Trace
 
 ORDERS = 1 << 20  # bytes, at most
 CREDENTIALS = 1 << 20  # bytes, all together (systemd.exec(5), LoadCredential=); as much again for names and pages
 FAILED = 125  # pocketd's own failure, as podman's
 
 
-def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: interpreter.Clean) -> NoReturn:
+def run(
+    template: Any, session_fd: int, orders: int, handed: List[int], clean: interpreter.Clean, trace: Trace
+) -> NoReturn:
     """Become the worker of one session.
 
     `orders` is pocketd's word in a sealed memfd (launch._orders); `handed`: the output pipe in client mode, the file
@@ -48,7 +51,9 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
         secrets = handed.pop() if message.get("credentials") else None
         hold = message.get("hold")
         cgroup = handed.pop() if hold else -1
+        trace.mark("it has read its orders, and only its own descriptors")
         settle(message, handed, secrets, template)
+        trace.mark("its mounts")
         if hold:
             enter(cgroup)
             hold["shown"] = lay_over(message, sock)
@@ -62,21 +67,25 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
             clean.restore()
             code = held.Held(template, sock, message, output).run()
             interpreter.finish(code, full=message["exit"] == "full")
+        trace.mark("its privileges are gone")
         waited = message.get("slot") is True
         if waited:
             revive(message.get("pids_max"))
             randomness.renew()
             clean.restore()
-            own, sock = sock, slot.wait(sock)
+            interpreter.touch(interpreter.set_streams)
+            own, sock = sock, slot.wait(sock, trace)
             wire.send(own, {"op": "taken"})
             own.close()
         start, fds = wire.receive(sock)
+        trace.mark("it has its caller's start")
         if start.get("mode") != message["mode"]:
             raise Error("bad-request", f"the login was for mode {message['mode']}, the start message is for another")
         given = fds.rest()
         sock = take_listening(start, given, sock, template.reopen)
         take_stdio(start, given, output)
         interpreter.adopt(start)
+        trace.mark("environment, directory, streams are its caller's")
         difference = "" if message.get("cold") else cold.reason(template.runtime, template.begin, start)
         if difference is not None:
             sock.close()
@@ -86,6 +95,8 @@ def run(template: Any, session_fd: int, orders: int, handed: List[int], clean: i
             revive(message.get("pids_max"))
             randomness.renew()
             clean.restore()
+        trace.mark("threads, random state, modules")
+        trace.print(start.get("trace"))
         if message["mode"] == "client":
             processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
             code = session.serve(sock, start, template.runtime, template.models, message["directory"])

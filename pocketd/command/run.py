@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -29,10 +30,11 @@ FAILED, NOT_FOUND = 125, 127  # as podman's
 START = 60.0  # seconds that pocketd may take to start, or to start again, where a unit waits for it
 
 USAGE = """\
-usage: pocket run [--service NAME] [--dir DIR] [--mount SRC[:DST][:rw]] [--cold] PROGRAM [ARG...]
+usage: pocket run [--service NAME] [--dir DIR] [--mount SRC[:DST][:rw]] [--cold] [--trace]
+                  PROGRAM [ARG...]
        pocket run [OPTIONS] -m MODULE [ARG...]
        pocket run [OPTIONS] -c CODE [ARG...]
-       pocket run [--adopt] -p POCKET [ARG...]
+       pocket run [--adopt] [--trace] -p POCKET [ARG...]
 
 Run a program in a pocket as `python PROGRAM ARG...` would, in a worker of a warm service.
 
@@ -40,6 +42,7 @@ Run a program in a pocket as `python PROGRAM ARG...` would, in a worker of a war
   --dir DIR                 the pocket's files (default: the working directory)
   --mount SRC[:DST][:rw]    show SRC to the program as well, read-only unless :rw; may be repeated
   --cold                    a fresh interpreter instead of a fork of the warm one
+  --trace                   where the time went until the program's first line, on standard error
   --runtime-dir DIR         another pocketd's runtime directory
   -p POCKET                 a pocket that has a definition
   --adopt                   its worker is in this process's own cgroup, as a systemd unit's; waits for pocketd to start
@@ -63,6 +66,7 @@ class Request:
     mounts: list[str] = field(default_factory=list)
     cold: bool = False
     adopt: bool = False
+    trace: bool = False
     runtime_dir: str | None = None
     kind: str = "file"
     program: str = ""
@@ -96,6 +100,8 @@ def parse(words: list[str]) -> Request:
             r.cold = True
         elif word == "--adopt":
             r.adopt = True
+        elif word == "--trace":
+            r.trace = True
         elif word in ("-h", "--help"):
             print(USAGE, end="")
             sys.exit(0)
@@ -187,6 +193,7 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             blocked=[int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
             limits={name: resource.getrlimit(getattr(resource, name))[0] for name in _RLIMITS},
             cold=r.cold,
+            trace=time.monotonic() if r.trace else None,
             stdio=stdio,
             **given.start,
         )
