@@ -155,12 +155,9 @@ def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple
         raise
 
 
-_ONE = socket.CMSG_SPACE(12)  # struct ucred, and nothing else
-
-
 def carries(sock: socket.socket) -> bool:
     """Whether the next message carries descriptors, which are not received by this. Raises BlockingIOError, OSError."""
-    return bool(_peek(sock)[1] & _CONTROL_TRUNCATED)
+    return bool(_peek(sock, 0)[1] & _CONTROL_TRUNCATED)
 
 
 def drained(sock: socket.socket) -> bool:
@@ -170,7 +167,7 @@ def drained(sock: socket.socket) -> bool:
         sock.shutdown(socket.SHUT_RDWR)  # nothing can be added
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # else an empty message looks like the end
         while True:
-            ancillary, got = _peek(sock)
+            ancillary, got = _peek(sock, socket.CMSG_SPACE(12))  # struct ucred comes first, and fills it
             if got & _CONTROL_TRUNCATED or not ancillary:
                 return not got & _CONTROL_TRUNCATED
             sock.recv(1, socket.MSG_DONTWAIT)
@@ -178,12 +175,12 @@ def drained(sock: socket.socket) -> bool:
         return True
 
 
-def _peek(sock: socket.socket) -> tuple[list[tuple[int, int, bytes]], int]:
+def _peek(sock: socket.socket, room: int) -> tuple[list[tuple[int, int, bytes]], int]:
     flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
     try:
-        _, ancillary, got, _ = sock.recvmsg(1, _ONE, flags)
+        _, ancillary, got, _ = sock.recvmsg(1, room, flags)
     except ConnectionResetError:  # as in `receive`
-        _, ancillary, got, _ = sock.recvmsg(1, _ONE, flags)
+        _, ancillary, got, _ = sock.recvmsg(1, room, flags)
     return ancillary, got
 
 

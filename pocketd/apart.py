@@ -24,7 +24,7 @@ from pocketd.wire import Error, Message
 
 ANSWER = 10.0  # seconds that a child may take
 BEARERS = 64  # at once; what is to be closed beyond that stays open for as long
-_AGAIN = 1.0  # seconds
+AGAIN = 1.0  # seconds
 _bearers = 0
 
 
@@ -171,7 +171,7 @@ def let_go(sock: socket.socket) -> None:
             raise BlockingIOError
         bearer = Apart(lambda ours: None, [sock.fileno()])
     except OSError:
-        asyncio.get_running_loop().call_later(_AGAIN, let_go, sock)
+        asyncio.get_running_loop().call_later(AGAIN, let_go, sock)
         return
     _bearers += 1
     sock.close()
