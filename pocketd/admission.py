@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cgroup.node import Cgroup
+from cgroup.pressure import stalled
 from pocketd import events
 from pocketd.wire import Error
 
@@ -43,6 +44,8 @@ class Admission:
         why = self.refusal(name, limits)
         if why is None and not self._line:
             return
+        if why:
+            self.daemon.relief.ease(f"a launch of {name} waits for memory")
         why = why or "others wait for memory"
         if len(self._line) >= rules.queue:
             raise Error("host-memory", f"{name} was not started: {why}; {len(self._line)} launches wait already")
@@ -55,6 +58,8 @@ class Admission:
                 while self._line[0] is not place or self.refusal(name, limits):
                     if _closed(hold):
                         raise Error("gone", f"the caller of {name} did not wait")
+                    if not self.daemon.relief.easing():
+                        self.daemon.relief.ease(f"a launch of {name} waits for memory")
                     await asyncio.sleep(_LOOK)
         except TimeoutError:
             why = self.refusal(name, limits) or "others wait for memory"
@@ -69,7 +74,7 @@ class Admission:
     def refusal(self, name: str, limits: Mapping[str, str]) -> str | None:
         """Why there is no room now, or None."""
         rules = self.daemon.config.admission
-        pressure = memory_pressure()  # reclaiming what is idle is no stall for the kernel (Linux 5.9, seen)
+        pressure = stalled()  # reclaiming what is idle is no stall for the kernel (Linux 5.9, seen)
         if pressure is not None and pressure >= rules.pressure:
             return f"this host stalls for memory {pressure:.0f}% of the time (the limit is {rules.pressure:g}%)"
         running = any(s.pocket == name for _, s in self.daemon.sessions())
@@ -118,16 +123,6 @@ def memory_available() -> int:
     """Bytes that can be used without swapping, by the kernel's own estimate."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return int(found[1]) << 10 if found else 0
-
-
-def memory_pressure() -> float | None:
-    """Percent of the last ten seconds in which all that could run waited for memory; None without PSI."""
-    try:
-        text = Path("/proc/pressure/memory").read_text()
-    except OSError:  # not in this kernel, or switched off (psi=0: EOPNOTSUPP)
-        return None
-    found = re.search(r"^full avg10=([0-9.]+)", text, re.MULTILINE)
-    return float(found[1]) if found else None
 
 
 def _closed(sock: int) -> bool:

@@ -68,6 +68,7 @@ class _Loading:
         self.notices: list[str] = []
         self.run_limits: Limits = MappingProxyType({})
         self.admission = Admission()
+        self.held_budget: int | None = None
 
     def config(self) -> Config:
         return Config(
@@ -75,6 +76,7 @@ class _Loading:
             pockets=MappingProxyType(self.pockets),
             run_limits=self.run_limits,
             admission=self.admission,
+            held_budget=self.held_budget,
             problems=tuple(self.problems),
             invalid=MappingProxyType({name: tuple(problems) for name, problems in self.invalid.items()}),
             notices=tuple(self.notices),
@@ -136,6 +138,7 @@ class _Loading:
         top = Reader(tree, (), self.problems)
         services, pockets, defaults = top.table("service"), top.table("pocket"), top.table("defaults")
         self.admission = schema.admission(top.within("admission"))
+        self.held_budget = schema.held(top.within("held"))
         top.finish()
         kinds = Reader(defaults, ("defaults",), self.problems)
         pocket_limits, broken = self.default_limits(kinds.table("pocket"), "pocket")

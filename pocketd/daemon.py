@@ -23,7 +23,7 @@ import prctl
 from cgroup.hierarchy import DEFAULT_BASE, Hierarchy, NoCgroup2
 from cgroup.limits import CONTROLLERS, Limits
 from nsutil import processes
-from pocketd import __version__, config, events, permissions, supervision, systemd_units, tuning, weights
+from pocketd import __version__, config, events, permissions, supervision, systemd_units, tuning, warming, weights
 from pocketd.admission import Admission
 from pocketd.authors import Authors
 from pocketd.control import Control
@@ -33,6 +33,7 @@ from pocketd.host import Host
 from pocketd.identities import Identities
 from pocketd.idle import Idle
 from pocketd.paths import Mount
+from pocketd.relief import Relief
 from pocketd.scopes import Directories, Scopes, Units
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
@@ -54,6 +55,7 @@ class Daemon:
         self.changed: dict[str, Limits] = {}  # by `pocket set`
         self.rights: dict[str, tuple[Allow, tuple[Mount, ...]]] = {}  # by `pocket allow` and `pocket deny`
         self.admission = Admission(self)
+        self.relief = Relief(self)
         self.last_right: dict[str, Pocket] = {}  # of pockets that their authors have made invalid since
         self.authors = Authors(self)
         self.claimed: set[int] = set()  # uids of launches that have no session yet
@@ -74,7 +76,7 @@ class Daemon:
             if name in self.services:
                 self.services[name].definition = definition
             else:
-                self.services[name] = RunningService(definition, self.host)
+                self.services[name] = RunningService(definition, self.host, self._ready)
         for name, service in list(self.services.items()):
             # One that is on and has no definition any more can still be seen and switched off.
             if name not in settings.services and service.state in ("off", "failed"):
@@ -83,6 +85,9 @@ class Daemon:
             tuning.take_back(self, name, limits)
         self.last_right = {}
         self.authors.watch()
+        for service in self.services.values():
+            if service.current:
+                self._ready(service.current)
 
     def configure_pocket(self, name: str) -> None:
         """Its author changed something: that pocket's definition again, and nothing else of the configuration."""
@@ -186,6 +191,9 @@ class Daemon:
             raise Error("service-off", f"service {service.name} is off; switch it on by: pocket {service.name} on")
         return service
 
+    def _ready(self, generation: Generation) -> None:
+        warming.begin(self, generation)
+
     def describe(self, name: str, peer: processes.Peer) -> Message:
         """What the command must know of a name: a service, or a pocket with its program."""
         pocket = self.config.pockets.get(name)
@@ -231,7 +239,7 @@ class Daemon:
         for name, numbers in found.items():
             if name not in self.services:
                 # It runs, and the configuration no longer has it: it can be seen and switched off.
-                self.services[name] = RunningService(Service(name), self.host)
+                self.services[name] = RunningService(Service(name), self.host, self._ready)
             if not await self.services[name].adopt(numbers) and name not in self.config.services:
                 del self.services[name]
         self.tidy()
@@ -314,7 +322,10 @@ async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarc
     loop.add_signal_handler(signal.SIGHUP, reconfigure, daemon)
     events.emit("started", version=__version__, runtime_dir=options.runtime_dir, scopes=scopes.where)
     supervision.notify("READY=1")
-    beside = [asyncio.ensure_future(task) for task in (boot(daemon), supervision.watchdog(), Idle(daemon).run())]
+    beside = [
+        asyncio.ensure_future(task)
+        for task in (boot(daemon), supervision.watchdog(), Idle(daemon).run(), daemon.relief.run())
+    ]
     await stop.wait()
     supervision.notify("STOPPING=1")
     for task in beside:

@@ -169,6 +169,7 @@ class Config:
     pockets: Mapping[str, Pocket]
     run_limits: Limits = _empty()  # [defaults.run]: of ad hoc runs
     admission: Admission = Admission()
+    held_budget: int | None = None  # [held]: bytes of their own that held pockets and their slots may have together
     problems: tuple[Problem, ...] = ()
     invalid: Mapping[str, tuple[Problem, ...]] = _empty()
     notices: tuple[str, ...] = ()  # not wrong, and worth a line in the log

@@ -49,7 +49,8 @@ class Holder:
     ready: bool = False
     stale: str | None = None  # why no launch comes from it any more
     facts: Message = field(default_factory=dict)
-    started: float = field(default_factory=time.time)
+    born: float = field(default_factory=time.monotonic)
+    used: float = field(default_factory=time.monotonic)  # when a launch last came from it
 
     def leaf(self, name: str) -> Cgroup:
         """A leaf for a session, which the template may clone into. The caller owns it."""
@@ -110,6 +111,7 @@ class Held:
             files.look()  # what changed until now counts for this launch already
         holder = self.current.get(name)
         if holder and holder.ready and not self._outdated(holder, definition):
+            holder.used = time.monotonic()
             return holder
         if name not in self._making and time.monotonic() >= self.cool_until.get(name, 0.0):
             self.begin(daemon, definition)
@@ -129,14 +131,22 @@ class Held:
             return
         self.generation.keep(self._quietly(daemon, definition))
 
-    async def _quietly(self, daemon: Daemon, definition: Pocket) -> None:
-        with suppress(Error, OSError, ConnectionError):
-            await self.get(daemon, definition, lambda text: None)
+    def renew(self, daemon: Daemon, definition: Pocket) -> None:
+        """Make another beside the one that there is, and in its place when it is ready."""
+        if definition.name not in self._making:
+            self.generation.keep(self._quietly(daemon, definition, True))
 
-    async def get(self, daemon: Daemon, definition: Pocket, progress: Progress) -> Holder:
+    def holding(self, pocket: str) -> bool:
+        return pocket in self._making
+
+    async def _quietly(self, daemon: Daemon, definition: Pocket, another: bool = False) -> None:
+        with suppress(Error, OSError, ConnectionError):
+            await self.get(daemon, definition, lambda text: None, another)
+
+    async def get(self, daemon: Daemon, definition: Pocket, progress: Progress, another: bool = False) -> Holder:
         """The pocket's template, made if there is none. Raises Error that says why it cannot be held."""
         holder = self.current.get(definition.name)
-        if holder and holder.ready and not self._outdated(holder, definition):
+        if holder and holder.ready and not another and not self._outdated(holder, definition):
             return holder
         task = self._making.get(definition.name)
         if task is None:
@@ -199,7 +209,6 @@ class Held:
             if holder.stale:
                 raise Error("hold", f"{definition.name} is not held: {holder.stale}")
         except BaseException as e:
-            self.current.pop(definition.name, None)
             await self._retire(holder)
             if isinstance(e, Error):
                 raise _explained(e, definition) from None
@@ -227,7 +236,7 @@ class Held:
         holder = Holder(definition.name, definition, number, cgroup, parent, uid=uid)
         holder.place = mounts.open_tree(cgroup.directory)
         holder.homes = orders.homes(definition)
-        self.by_number[number] = self.current[definition.name] = holder
+        self.by_number[number] = holder
         return holder
 
     def _orders(
@@ -269,6 +278,7 @@ class Held:
                 f.write("-999")  # within its pocket's limit a worker goes first
         holder.facts = warming.facts(reply)
         holder.ready = True
+        self.current[holder.pocket] = holder
         g = self.generation
         seconds = round(holder.facts["seconds"] or 0.0, 2)
         events.emit("pocket-held", service=g.name, pocket=holder.pocket, template=holder.number, seconds=seconds)

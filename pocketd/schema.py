@@ -414,6 +414,13 @@ def admission(reader: Reader) -> Admission:
     return found
 
 
+def held(reader: Reader) -> int | None:
+    """[held]: what pockets that are held may cost together."""
+    budget = reader.take("budget", size, None)
+    reader.finish()
+    return budget
+
+
 # A pocket's author may not give rights to the pocket.
 RIGHTS = ("allow", "may_run", "run_as", "limits", "mounts")
 OPERATORS = (*RIGHTS, "service", "dir", "warm")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pocketd import containers, events
 from pocketd.definitions import Service
@@ -21,7 +21,9 @@ from pocketd.wire import Error
 class RunningService:
     """One service. `state` is "off", "starting", "on", "stopping" or "failed" (then `why` says why)."""
 
-    def __init__(self, definition: Service, host: Host):
+    def __init__(self, definition: Service, host: Host, ready: Callable[[Generation], None] = lambda generation: None):
+        """`ready` is told of each generation that logins go to from then on."""
+        self.ready = ready
         self.definition = definition  # the configuration's; a generation keeps the one that it was made by
         self.host = host
         self.state = "off"
@@ -80,6 +82,7 @@ class RunningService:
                 self._change("failed", e)
                 raise
             self._change("on")
+            self.ready(self.current)
             return self.current
 
     def _next(self) -> int:
@@ -128,6 +131,7 @@ class RunningService:
                 events.emit("reload-failed", "error", service=self.name, generation=number, why=e.message)
                 raise
             self.old.append(before)
+            self.ready(self.current)
         events.emit("service-reloaded", service=self.name, generation=number, sessions_in_old=len(before.sessions))
         if not before.occupied:
             await self._finish(before)
@@ -143,6 +147,7 @@ class RunningService:
             self._change("failed", e)
             raise
         self._change("on")
+        self.ready(self.current)
 
     def _changed(self, generation: Generation, lost: Error | None) -> None:
         """A generation's last session has ended, or its init is gone."""
@@ -187,6 +192,7 @@ class RunningService:
             generation.keep(self._finish(generation))
         if self.current:
             self._change("on")
+            self.ready(self.current)
         return self.current is not None
 
     def leave(self) -> None:

@@ -11,6 +11,7 @@ from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
+    from pocketd.generation import Generation
     from pocketd.templates import Progress
 
 
@@ -64,21 +65,36 @@ def facts(said: Message) -> Message:
     return found
 
 
+def begin(daemon: Daemon, generation: Generation) -> None:
+    """A service is on: what its pockets' definitions want to be ready is made, beside."""
+    for definition in daemon.config.pockets.values():
+        if definition.warm and definition.program and _service(daemon, definition) == generation.name:
+            generation.keep(generation.slots.fill(daemon, definition))
+
+
+def _service(daemon: Daemon, definition: Pocket) -> str | None:
+    if definition.service is not None:
+        return definition.service
+    return next(iter(daemon.services)) if len(daemon.services) == 1 else None
+
+
 def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
     """Whether a pocket is held, for `pocket ps`: "rehearsed", "held", "holding", "cool", or "not held" with
     the reason."""
+    ready = sum(g.slots.count(definition.name) for s in daemon.services.values() for g in s.generations())
+    slots = {"slots": ready, "warm": definition.warm} if definition.warm else {"slots": None, "warm": 0}
     if not definition.checkpoint:
-        return {"held": None}
+        return {"held": None, **slots}
     for service in daemon.services.values():
         for g in service.generations():
             holder = g.held.current.get(definition.name)
             if holder:
-                if not holder.ready:
-                    return {"held": "holding"}
                 why = holder.facts.get("not_rehearsed")
                 kind = "rehearsed" if holder.facts.get("rehearsed") else "held"
-                return {"held": kind, "why_not_rehearsed": why, **holder.usage()}
+                return {**slots, "held": kind, "why_not_rehearsed": why, **holder.usage()}
+            if g.held.holding(definition.name):
+                return {**slots, "held": "holding"}
             failed = g.held.failed.get(definition.name)
             if failed and failed[0] == definition:
-                return {"held": "not held", "why_not_held": failed[1]}
-    return {"held": "cool"}
+                return {**slots, "held": "not held", "why_not_held": failed[1]}
+    return {**slots, "held": "cool"}

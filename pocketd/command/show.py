@@ -24,11 +24,12 @@ def table(reply: dict[str, Any]) -> str:
             ],
         ),
         columns(
-            ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED", "HELD"),
+            ("POCKET", "SERVICE", "STATE", "WORKERS", "CHARGED", "HELD", "SLOTS"),
             [
                 (
                     *(p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged"))),
                     held(p),
+                    f"{p['slots']} of {p['warm']}" if p.get("warm") else "-",
                 )
                 for p in reply["pockets"]
             ],

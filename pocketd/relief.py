@@ -1,0 +1,120 @@
+"""What was made ahead of time gives way: slots first, then pockets' templates, those least used first.
+
+It is asked for by the kernel (pressure stall information), by a launch that finds no room (pocketd.admission), and by
+the configured budget. What gave way is made again on demand: a launch that misses it goes the long way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cgroup.pressure import HOST, Trigger
+from nsutil import processes
+from pocketd import events
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+    from pocketd.generation import Generation
+    from pocketd.held import Holder
+
+_LOOK = 5.0  # seconds between looks at ages and the budget
+_STALL, _WINDOW = 0.3, 2.0  # seconds: how much of two seconds some work waits for memory before anything gives way
+_STEP = 1.0  # seconds from one step to the next
+_CALM = 30.0  # seconds without pressure before slots are made again
+
+
+class Relief:
+    def __init__(self, daemon: Daemon):
+        self.daemon = daemon
+        self._squeezed = 0.0  # when anything last gave way
+
+    def easing(self) -> bool:
+        """Whether something gave way so lately that it may not have ended yet."""
+        return time.monotonic() - self._squeezed < _STEP
+
+    async def run(self) -> None:
+        trigger = self._trigger()
+        loop = asyncio.get_running_loop()
+        if trigger:
+            loop.add_reader(trigger.fileno(), self._felt, trigger)
+        try:
+            while True:
+                await asyncio.sleep(_LOOK)
+                self.look()
+        finally:
+            if trigger:
+                loop.remove_reader(trigger.fileno())
+                trigger.close()
+
+    def _felt(self, trigger: Trigger) -> None:
+        if trigger.happened() and not self.easing():
+            self.ease("this host stalls for memory")
+
+    def _trigger(self) -> Trigger | None:
+        try:
+            return Trigger(os.open(HOST, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), _STALL, _WINDOW)
+        except OSError as e:
+            events.emit("no-pressure-trigger", "debug", why=str(e))
+            return None
+
+    def _generations(self) -> Iterator[Generation]:
+        for service in self.daemon.services.values():
+            yield from service.generations()
+
+    def _holders(self) -> list[tuple[Generation, Holder]]:
+        """Templates of pockets that launches come from, the least used first."""
+        found = [(g, holder) for g in self._generations() for holder in g.held.current.values() if holder.ready]
+        return sorted(found, key=lambda pair: pair[1].used)
+
+    def ease(self, why: str) -> bool:
+        """One step: all slots that wait, or else one template. Whether there was anything."""
+        self._squeezed = time.monotonic()
+        slots = 0
+        for g in self._generations():
+            g.slots.squeezed = True
+            slots += g.slots.give_way()
+        if slots:
+            events.emit("slots-gave-way", "notice", count=slots, why=why)
+            return True
+        for g, holder in self._holders():
+            g.held.give_up(holder, why)
+            return True
+        return False
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if self._squeezed and now - self._squeezed > _CALM:
+            self._squeezed = 0.0
+            for g in self._generations():
+                g.slots.squeezed = False
+        for g, holder in self._holders():
+            age = holder.definition.max_age if holder.definition else None
+            if age is not None and holder.definition and now - holder.born > age:
+                g.held.renew(self.daemon, holder.definition)
+        self._keep_to_budget()
+
+    def _keep_to_budget(self) -> None:
+        budget = self.daemon.config.held_budget
+        if budget is None:
+            return
+        holders = self._holders()
+        costs = [_private(holder.pid) + g.slots.private(holder.pocket) for g, holder in holders]
+        total = sum(costs)
+        for (g, holder), cost in zip(holders, costs, strict=True):
+            if total <= budget:
+                return
+            g.slots.give_way(holder.pocket)
+            why = f"pockets that are held have {total >> 20}M of their own, and [held] budget is {budget >> 20}M"
+            g.held.give_up(holder, why)
+            total -= cost
+
+
+def _private(pid: int) -> int:
+    with suppress(OSError, processes.Gone):
+        return processes.memory(pid).private
+    return 0
