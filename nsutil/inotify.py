@@ -12,6 +12,7 @@ from nsutil.syscalls import libc
 # sys/inotify.h
 IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x4, 0x40, 0x80, 0x100, 0x200
 IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
+IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
 IN_ONLYDIR = 0x01000000
 _EVENT = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, len; then the name
 _CONTENT = IN_MODIFY | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
@@ -36,6 +37,14 @@ class Inotify:
             raise OSError(number, f"inotify_add_watch {directory}: {os.strerror(number)}")
         self._watched[watch] = directory
 
+    def watches(self, directory: str) -> bool:
+        return directory in self._watched.values()
+
+    def remove(self, directory: str) -> None:
+        for watch in [watch for watch, known in self._watched.items() if known == directory]:
+            libc.inotify_rm_watch(self._fd, watch)
+            del self._watched[watch]
+
     def fileno(self) -> int:
         return self._fd
 
@@ -45,11 +54,16 @@ class Inotify:
         for part in self._parts():
             at = 0
             while at < len(part):
-                watch, _, _, size = _EVENT.unpack_from(part, at)
+                watch, mask, _, size = _EVENT.unpack_from(part, at)
                 name = part[at + _EVENT.size : at + _EVENT.size + size].rstrip(b"\0")
-                directory = self._watched.get(watch, "")
-                found.append(os.path.join(directory, os.fsdecode(name)) if name else directory)
                 at += _EVENT.size + size
+                directory = self._watched.get(watch)
+                if mask & IN_Q_OVERFLOW:
+                    found.append("")
+                elif directory is not None:
+                    found.append(os.path.join(directory, os.fsdecode(name)) if name else directory)
+                if mask & IN_IGNORED:  # removed with its directory, or by `remove`
+                    self._watched.pop(watch, None)
         return found
 
     def _parts(self) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ from pocketd.admission import Admission
 from pocketd.authors import Authors
 from pocketd.control import Control
 from pocketd.definitions import Allow, Config, Pocket, Service
+from pocketd.files import Files
 from pocketd.generation import Generation, Session
 from pocketd.host import Host
 from pocketd.identities import Identities
@@ -56,6 +57,7 @@ class Daemon:
         self.rights: dict[str, tuple[Allow, tuple[Mount, ...]]] = {}  # by `pocket allow` and `pocket deny`
         self.admission = Admission(self)
         self.relief = Relief(self)
+        self.files = Files()
         self.last_right: dict[str, Pocket] = {}  # of pockets that their authors have made invalid since
         self.authors = Authors(self)
         self.claimed: set[int] = set()  # uids of launches that have no session yet

@@ -1,4 +1,4 @@
-"""Whether anything beneath some directories changes: inotify on each directory of them.
+"""Whether anything beneath some directories changes: one inotify for all of pocketd's, a watch on each directory.
 
 What is told is only that something did, and where; it is acted on at once, and once more when all is quiet.
 """
@@ -8,21 +8,62 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from nsutil.inotify import Inotify
 from pocketd import events
 
-_MOST = 4096  # directories
+_MOST = 4096  # directories of one watch
+
+
+@dataclass(eq=False)
+class Watch:
+    """What is watched together. `changed(path)` is called when something changes, `quiet()` when it is over.
+
+    `tops`: files and directories; `apart`: directories in them that do not count.
+    """
+
+    name: str
+    tops: tuple[str, ...]
+    apart: frozenset[str]
+    changed: Callable[[str], None]
+    quiet: Callable[[], None]
+    seconds: float  # without a change until `quiet`
+    directories: set[str] = field(default_factory=set)
+    timer: asyncio.TimerHandle | None = None
+
+    def counts(self, path: str) -> bool:
+        """A lost event ("") counts as one."""
+        ours = not path or any(_within(path, top) for top in self.tops)
+        return ours and not any(_within(path, top) for top in self.apart)
+
+    def find(self) -> Iterator[str]:
+        """The directories to watch, those beneath `tops` among them."""
+        waiting = [top if os.path.isdir(top) else os.path.dirname(top) for top in self.tops]
+        alone = {os.path.dirname(top) for top in self.tops if not os.path.isdir(top)}
+        seen: set[str] = set()
+        while waiting and len(seen) < _MOST:
+            directory = waiting.pop()
+            if directory in seen:
+                continue
+            seen.add(directory)
+            yield directory
+            if directory in alone:
+                continue  # only a file of it counts
+            try:
+                with os.scandir(directory) as entries:
+                    waiting += [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.path not in self.apart]
+            except OSError:
+                continue  # gone since, or not ours to see
 
 
 class Files:
-    """Watches until `close`. `changed(path)` is called at the first change, `quiet()` when there was none for a while.
+    def __init__(self) -> None:
+        self._watches: list[Watch] = []
+        self._inotify: Inotify | None = None
 
-    `apart`: directories in these that do not count.
-    """
-
-    def __init__(
+    def watch(
         self,
         name: str,
         tops: Iterable[str],
@@ -30,69 +71,60 @@ class Files:
         changed: Callable[[str], None],
         quiet: Callable[[], None],
         seconds: float,
-    ):
-        self._name = name
-        self._tops = list(tops)
-        self._apart = frozenset(apart)
-        self._changed = changed
-        self._quiet = quiet
-        self._seconds = seconds
-        self._timer: asyncio.TimerHandle | None = None
-        self._inotify = Inotify()
-        self._count = 0
-        self._add()
-        asyncio.get_running_loop().add_reader(self._inotify.fileno(), self.look)
+    ) -> Watch:
+        """Watch until `forget`. What cannot be watched is said in an event, and is not an error."""
+        watch = Watch(name, tuple(tops), frozenset(apart), changed, quiet, seconds)
+        self._watches.append(watch)
+        self._add(watch)
+        return watch
 
-    def _add(self) -> None:
-        self._count = 0
+    def _add(self, watch: Watch) -> None:
         try:
-            for top in self._tops:
-                self._beneath(top)
+            if self._inotify is None:
+                self._inotify = Inotify()
+                asyncio.get_running_loop().add_reader(self._inotify.fileno(), self.look)
+            for directory in watch.find():
+                if directory not in watch.directories:
+                    self._inotify.add(directory)
+                    watch.directories.add(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # gone since
         except OSError as e:
-            hint = "raise fs.inotify.max_user_watches" if e.errno == errno.ENOSPC else None
-            events.emit("files-not-watched", "warning", pocket=self._name, why=str(e), hint=hint)
-
-    def _beneath(self, top: str) -> None:
-        directories = [top if os.path.isdir(top) else os.path.dirname(top)]
-        while directories and self._count < _MOST:
-            directory = directories.pop()
-            try:
-                self._inotify.add(directory)
-                with os.scandir(directory) as entries:
-                    found = [e.path for e in entries if e.is_dir(follow_symlinks=False)]
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                continue  # gone since
-            self._count += 1
-            if os.path.isdir(top):
-                directories += [path for path in found if path not in self._apart]
+            hint = {
+                errno.ENOSPC: "raise fs.inotify.max_user_watches",
+                errno.EMFILE: "raise fs.inotify.max_user_instances",
+            }
+            events.emit("files-not-watched", "warning", pocket=watch.name, why=str(e), hint=hint.get(e.errno or 0))
 
     def look(self) -> None:
         """Act on what has happened until now."""
-        names = [name for name in self._inotify.names() if self._counts(name)]
+        names = self._inotify.names() if self._inotify else []
         if not names:
             return
-        self._changed(names[0] or self._tops[0])
-        self._add()  # directories that are new
-        if self._timer:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._calm)
+        for watch in list(self._watches):
+            path = next((name for name in names if watch.counts(name)), None)
+            if path is None:
+                continue
+            watch.changed(path or watch.tops[0])
+            watch.directories = {d for d in watch.directories if self._inotify and self._inotify.watches(d)}
+            self._add(watch)  # directories that are new
+            if watch.timer:
+                watch.timer.cancel()
+            watch.timer = asyncio.get_running_loop().call_later(watch.seconds, self._calm, watch)
 
-    def _counts(self, name: str) -> bool:
-        """A lost event counts as one."""
-        ours = not name or any(_beneath(name, top) for top in self._tops)
-        return ours and not any(_beneath(name, top) for top in self._apart)
+    def _calm(self, watch: Watch) -> None:
+        watch.timer = None
+        watch.quiet()
 
-    def _calm(self) -> None:
-        self._timer = None
-        self._quiet()
-
-    def close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        asyncio.get_running_loop().remove_reader(self._inotify.fileno())
-        self._inotify.close()
+    def forget(self, watch: Watch) -> None:
+        if watch.timer:
+            watch.timer.cancel()
+            watch.timer = None
+        self._watches.remove(watch)
+        for directory in watch.directories:
+            if self._inotify and not any(directory in other.directories for other in self._watches):
+                self._inotify.remove(directory)
 
 
-def _beneath(path: str, top: str) -> bool:
+def _within(path: str, top: str) -> bool:
     return path == top or path.startswith(top.rstrip("/") + "/")

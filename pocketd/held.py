@@ -19,7 +19,7 @@ from cgroup.node import Cgroup
 from nsutil import mounts, processes
 from pocketd import events, filters, orders, shown, warming
 from pocketd.definitions import Pocket
-from pocketd.files import Files
+from pocketd.files import Watch
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class Held:
         self.failed: dict[str, tuple[Pocket, str]] = {}  # why a pocket cannot be held, until it is another
         self.cool_until: dict[str, float] = {}
         self._making: dict[str, asyncio.Task[Holder]] = {}
-        self._files: dict[str, Files] = {}
+        self._watches: dict[str, Watch] = {}
+        self._daemon: Daemon | None = None
         self._last = NUMBERS
 
     def __iter__(self) -> Iterator[Holder]:
@@ -106,9 +107,7 @@ class Held:
     def ready_for(self, daemon: Daemon, definition: Pocket) -> Holder | None:
         """The template that a launch of this pocket can come from now. Where there should be one, it is begun."""
         name = definition.name
-        files = self._files.get(name)
-        if files:
-            files.look()  # what changed until now counts for this launch already
+        daemon.files.look()  # what changed until now counts for this launch already
         holder = self.current.get(name)
         if holder and holder.ready and not self._outdated(holder, definition):
             holder.used = time.monotonic()
@@ -366,9 +365,10 @@ class Held:
         self.cool_until.pop(pocket, None)
 
     def close(self) -> None:
-        for files in self._files.values():
-            files.close()
-        self._files.clear()
+        for watch in self._watches.values():
+            if self._daemon:
+                self._daemon.files.forget(watch)
+        self._watches.clear()
         for holder in self:
             holder.close()
         self.by_number.clear()
@@ -378,9 +378,10 @@ class Held:
 
     def _watch(self, daemon: Daemon, definition: Pocket) -> None:
         """Watch the pocket's files: those that its definition shows it, but for what it may write itself."""
-        old = self._files.pop(definition.name, None)
+        self._daemon = daemon
+        old = self._watches.pop(definition.name, None)
         if old:
-            old.close()
+            daemon.files.forget(old)
         tops = [str(definition.dir), *(str(m.source) for m in definition.mounts if not m.writable)]
         apart = [os.path.join(definition.dir, name) for name in definition.allow.write]
         name = definition.name
@@ -396,7 +397,7 @@ class Held:
             if present and present.checkpoint and self.generation.running and name not in self.current:
                 self.begin(daemon, present)
 
-        self._files[name] = Files(name, tops, apart, changed, quiet, QUIET)
+        self._watches[name] = daemon.files.watch(name, tops, apart, changed, quiet, QUIET)
 
     # -- after a restart
 
