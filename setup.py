@@ -65,13 +65,20 @@ def build_library(to: Path) -> None:
     compile_to(to / "nsutil" / "livefork.so", FLAGS.split(), SOURCES)
 
 
-def verbs() -> list[str]:
-    """The names in VERBS of pocketd/command/main.py, which is read here, as its imports may not be installed yet."""
-    for node in ast.parse((HERE / "pocketd/command/main.py").read_text()).body:
+def value(name: str, path: str) -> ast.expr:
+    """What a module of ours assigns to a name: read, not imported, as what it imports may not be installed yet."""
+    for node in ast.parse((HERE / path).read_text()).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(t, ast.Name) and t.id == "VERBS" for t in targets):
-            return [ast.literal_eval(key) for key in node.value.keys]
-    raise CompileError("pocketd/command/main.py has no table of its verbs, VERBS")
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value
+    raise CompileError(f"{path} does not say what {name} is")
+
+
+def front_definitions() -> list[str]:
+    """What pocketd/front has of the modules in Python, so that it is said once."""
+    verbs = "".join(f'"{ast.literal_eval(key)}",' for key in value("VERBS", "pocketd/command/main.py").keys)
+    versions = {name: ast.literal_eval(value(name, "pocketd/wire.py")) for name in ("OLDEST", "VERSION")}
+    return [f"-DVERBS={verbs}", *(f"-D{name}={number}" for name, number in versions.items())]
 
 
 class BuildLivefork(Command):
@@ -111,10 +118,8 @@ class BuildScripts(Command):
         return [str(Path(self.build_dir) / "pocket")]
 
     def run(self) -> None:
-        words = "".join(f'"{verb}",' for verb in verbs())
-        flags = [*FRONT_FLAGS.split(), f"-DVERBS={words}"]
         sources = (source for source in self.get_source_files() if source.endswith(".c"))
-        compile_to(Path(self.build_dir) / "pocket", flags, sources)
+        compile_to(Path(self.build_dir) / "pocket", [*FRONT_FLAGS.split(), *front_definitions()], sources)
 
 
 class Wheel(bdist_wheel):

@@ -153,7 +153,7 @@ void begin(struct writer *w, const char *op, uint32_t pairs) {
     w->size = 0;
     put_map(w, 2 + pairs);
     put_text(w, "v");
-    put_int(w, 1);
+    put_int(w, OLDEST);
     put_text(w, "op");
     put_text(w, op);
 }

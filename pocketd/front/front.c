@@ -17,7 +17,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static const char *const verbs[] = {VERBS NULL}; /* by setup.py, from pocketd/command/main.py */
+static const char *const verbs[] = {VERBS NULL}; /* those of pocketd/command/main.py, by setup.py */
 
 void say(const char *prefix, struct part text) {
     struct iovec parts[] = {{(char *)prefix, strlen(prefix)}, {(void *)text.at, text.size}, {"\n", 1}};

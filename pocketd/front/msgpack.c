@@ -4,6 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
+/* OLDEST and VERSION are wire.py's, by setup.py. */
+
 /* ---- Writing ---------------------------------------------------------------------------------------------------- */
 
 static unsigned char *more(struct writer *w, size_t size) {
@@ -199,5 +201,5 @@ bool check(struct part body, const char **why) {
     while (pairs--)
         if (!next(&rest, &key) || !next(&rest, &value) || !as_text(key, &text)) return false;
     *why = "no version of the protocol that is spoken here";
-    return get(whole, "v", &value) && as_int(value, &version) && version == 1;
+    return get(whole, "v", &value) && as_int(value, &version) && version >= OLDEST && version <= VERSION;
 }

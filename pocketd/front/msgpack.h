@@ -30,7 +30,7 @@ void put_text(struct writer *, const char *);
 void put_bytes(struct writer *, const void *, size_t);
 void put_packed(struct writer *, const struct writer *);
 
-/* Is this a message: one map with texts as keys, whole, of version 1? Otherwise `why` says what is wrong. */
+/* Is this a message: one whole map with texts as keys, of a version that is spoken? Where it is not, `why` says so. */
 bool check(struct part body, const char **why);
 
 /* The value of a key in a map that lies in a checked body; false where `map` is none, or has no such key. */

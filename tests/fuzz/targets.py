@@ -86,7 +86,8 @@ class _Front:
         path = _PLACE / "msgpack.so"
         source = Path(__file__).parents[2] / "pocketd" / "front" / "msgpack.c"
         checks = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
-        subprocess.run(["cc", "-O1", "-shared", "-fPIC", *checks, "-o", str(path), str(source)], check=True)
+        versions = (f"-DOLDEST={wire.OLDEST}", f"-DVERSION={wire.VERSION}")
+        subprocess.run(["cc", "-shared", "-fPIC", *checks, *versions, "-o", str(path), str(source)], check=True)
         self.reader = ctypes.CDLL(str(path))
         self.reader.check.argtypes = [_Part, ctypes.c_void_p]
         self.reader.get.argtypes = [_Part, ctypes.c_char_p, ctypes.c_void_p]
