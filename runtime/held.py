@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 import types
+from contextlib import suppress
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
 from nsutil import clone, memory, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import checkpoint, cold, interpreter, program, randomness, recorded, rehearsal, seeds, slot
+from runtime import carried, checkpoint, cold, interpreter, program, randomness, recorded, rehearsal, seeds, slot, workingset
 from runtime.trace import Trace
 
 FAILED = 125  # pocketd's own failure, as podman's
@@ -45,7 +46,7 @@ class Held:
         self.reached = False
         self.child = False
         self.start: Message = {}
-        self.printed: Dict[int, bytes] = {}
+        self.printed: Dict[int, Tuple[bytes, bytes]] = {}  # what had been written, and what a buffer held
         self.on_start: List[Callable[[], object]] = []
         self.open_files: Tuple[int, ...] = ()
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
@@ -54,6 +55,8 @@ class Held:
         self.streams: Dict[str, Tuple[Any, Any]] = {}
         self.compiled: Any = None
         self.rehearsing = False
+        self.reports = -1  # where a run of the sample writes which pages it made its own
+        self.pages = workingset.WorkingSet()
         self.changed: Optional[str] = None  # a file of the service's that is not any more what was imported
         self.collecting = True
         hold = orders["hold"]
@@ -83,6 +86,8 @@ class Held:
             self.fail(str(e))
         except rehearsal.Over:
             code = 0
+        if self.child and self.rehearsing:
+            self.report_pages()
         if not self.child:
             self.fail(f"the program ended, with status {code}, before it came to its checkpoint")
         return code
@@ -92,6 +97,7 @@ class Held:
             self.compiled = checkpoint.compile_held(source, path, self.orders["hold"]["checkpoint"])
         except checkpoint.CheckpointError as e:
             raise recorded.Refused(str(e)) from None
+        self.carried = carried.Carried()
         self.recorder.begin()
         self.seeds.begin()
         return self.compiled.code
@@ -143,6 +149,7 @@ class Held:
             self.fail("its checkpoint was reached in a thread other than the main one, which alone can be forked")
         self.reached = True
         self.end_watch()
+        self.carried.end()
         if self.recorder.refused:  # and the program caught what was raised
             self.fail(self.recorder.refused)
         setattr(builtins, checkpoint.NAME, nothing)
@@ -159,10 +166,16 @@ class Held:
 
     def look(self) -> None:
         """What the program has printed, and whether it holds what a fork cannot carry over."""
+        written = {fd: len(self.read_printed(fd)) for fd in (1, 2)}
         interpreter.flush_quietly()
-        for fd in (1, 2):
-            self.printed[fd] = self.read_printed(fd)
-            if len(self.printed[fd]) > PRINTED:
+        for text, buffer in self.streams.values():
+            for stream in (text, buffer):  # either may be beneath another by now
+                with suppress(OSError, ValueError):
+                    stream.flush()
+        for fd, size in written.items():
+            printed = self.read_printed(fd)
+            self.printed[fd] = printed[:size], printed[size:]
+            if len(printed) > PRINTED:
                 self.fail(f"the program prints more than {PRINTED >> 20} MiB before its checkpoint")
         if os.lseek(0, 0, os.SEEK_CUR):
             self.fail("it reads standard input before its checkpoint, and each run has its own")
@@ -193,7 +206,7 @@ class Held:
             return "a running asyncio loop"
         if has_children():
             return f"child processes ({children()})"
-        found = clone.inspect({0, 1, 2, self.talk.fileno(), self.log})
+        found = clone.inspect({0, 1, 2, self.talk.fileno(), self.log, self.reports})
         refused = [str(o) for o in found if o.remedy == "refuse"]
         for o in found:
             if o.remedy == "reopen" and o.fd is not None and is_written(o.fd):
@@ -203,7 +216,7 @@ class Held:
 
     def say_ready(self, privatized: List[str]) -> None:
         r = self.recorder
-        os.write(self.log, b"".join(self.printed.values()))
+        os.write(self.log, b"".join(part for parts in self.printed.values() for part in parts))
         said = {
             "op": "ready",
             "seconds": time.monotonic() - self.begun,
@@ -212,6 +225,7 @@ class Held:
             "variables": sorted(os.fsdecode(name) for name in r.variables)[:100],
             "files": len(r.files),
             "unsure": self.seeds.unsure[:8],
+            "working_set": self.pages.size,
         }
         wire.send(self.talk, said)
 
@@ -224,6 +238,7 @@ class Held:
         tops = [p["target"] for p in orders["mounts"] if p["writable"]]
         places = rehearsal.Places(("/tmp", "/dev/shm", *orders["homes"], *tops))
         until = orders["hold"]["rehearse_until"]
+        self.reports = os.memfd_create("pages", os.MFD_CLOEXEC)
         try:
             again = self.remainder(frame)
             snapshot = rehearsal.Snapshot(self.recorder.tops)
@@ -261,8 +276,24 @@ class Held:
             if why:
                 raise rehearsal.Failed(f"a run after the rehearsal is not as one before it: {why}")
             self.uncover()
+            self.pages = self.take_pages().within(workingset.mappings())
         except rehearsal.Failed as e:
             self.fail(f"the rehearsal failed: {e}", "rehearsal")
+
+    def report_pages(self) -> None:
+        """At the end of a run of the sample: what it has made its own."""
+        interpreter.flush_quietly()
+        try:
+            os.pwrite(self.reports, workingset.measure().pack(), 0)
+        except OSError:
+            pass  # then slots are not filled ahead of time
+
+    def take_pages(self) -> workingset.WorkingSet:
+        size = os.fstat(self.reports).st_size
+        found = workingset.WorkingSet.unpack(os.pread(self.reports, size, 0))
+        os.close(self.reports)
+        self.reports = -1
+        return found
 
     def remainder(self, frame: Any) -> Callable[[], object]:
         """What follows the checkpoint, as something that can be called."""
@@ -315,8 +346,8 @@ class Held:
             os.dup2(fd, number)
         os.close(null)
         self.restore_streams()
-        fill(sys.argv, [self.program, *sample])
-        fill(sys.orig_argv, [sys.executable, self.program, *sample])
+        self.recorder.fill("argv", [self.program, *sample])
+        self.recorder.fill("orig_argv", [sys.executable, self.program, *sample])
 
     def rehearsed(self) -> None:
         """The program says so (pocketd.rehearsed)."""
@@ -458,10 +489,11 @@ class Held:
 
     def prepare(self) -> None:
         """In a slot: do what can be done before it is known for whom, and go through the rest once."""
+        self.pages.make()
         self.renew()
         interpreter.touch(self.restore_streams)
         self.differing({"kind": "file", "mode": "program", "program": os.fsencode(self.program), "environment": []})
-        fill(sys.argv, [self.program])
+        self.recorder.fill("argv", [self.program])
         if self.collecting:
             gc.enable()
 
@@ -487,10 +519,11 @@ class Held:
             else:
                 os.environb[name] = value
         arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
-        fill(sys.argv, [self.program, *arguments])
-        fill(sys.orig_argv, [sys.executable, self.program, *arguments])
+        self.recorder.fill("argv", [self.program, *arguments])
+        self.recorder.fill("orig_argv", [sys.executable, self.program, *arguments])
         processes.set_command_line([os.fsencode(word) for word in sys.orig_argv])
         signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
+        self.carried.put_back()
         if self.collecting:
             gc.enable()
         self.replay()
@@ -507,34 +540,38 @@ class Held:
                         setattr(sys, holder, None)
                 continue
             try:
-                closed = text.buffer.closed
-            except ValueError:  # detached: another has been made of its buffer
-                closed = True
+                below = text.buffer
+            except ValueError:
+                below = None
+            if below is None:  # detached: another has been made of its buffer
                 if not buffer.closed:
                     buffer.__init__(io.FileIO(fd, mode + "b", closefd=False))
-            if not closed:
+            elif not below.closed:
                 interpreter.open_stream(text, buffer, fd, name, mode)
                 for how in self.recorder.reconfigured.get(name, ()):
                     text.reconfigure(**how)
 
     def replay(self) -> None:
         for name, fd in (("stdout", 1), ("stderr", 2)):
-            stream: Any = getattr(sys, f"__{name}__")
-            if self.printed[fd] and stream is not None:
-                try:
-                    stream.buffer.write(self.printed[fd])
-                    if name == "stderr" or stream.line_buffering:
-                        stream.flush()
-                except (OSError, ValueError):
-                    pass  # nobody takes it
+            written, held = self.printed[fd]
+            text, buffer = self.streams[name]
+            try:
+                while written:
+                    written = written[os.write(fd, written) :]
+                if not held:
+                    continue
+                if buffer.closed or os.environ.get("PYTHONUNBUFFERED"):
+                    os.write(fd, held)
+                else:
+                    buffer.write(held)
+                    if text is getattr(sys, name) and text.line_buffering:
+                        buffer.flush()
+            except (OSError, ValueError):
+                pass  # nobody takes it
 
 
 def nothing() -> None:
     """What a checkpoint is once it was reached."""
-
-
-def fill(arguments: List[str], words: List[str]) -> None:
-    arguments[:] = words
 
 
 def is_written(fd: int) -> bool:

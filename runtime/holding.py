@@ -95,7 +95,9 @@ class Holding:
             return False
         operation = message.get("op")
         if operation == "ready" and t.ready is None:
-            t.ready = {key: message.get(key) for key in ("seconds", "threads", "variables", "files", "unsure")}
+            t.ready = {
+                key: message.get(key) for key in ("seconds", "threads", "variables", "files", "unsure", "working_set")
+            }
             self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
             t.request = None
         elif operation == "failed" and t.ready is None and t.request is not None:
