@@ -18,7 +18,7 @@ FILTERED = {
     "process_vm_writev": Attempt("calls.write_a_child", EPERM, through=7),
     "pidfd_getfd": Attempt("calls.take_a_descriptor", EPERM),
     "kcmp": Attempt("calls.compare_with_a_child", EPERM),
-    "process_madvise": Attempt("calls.advise_by_pidfd", EPERM),
+    "process_madvise": Attempt("calls.advise_by_pidfd", EPERM, "root"),  # whose own it is not before 6.13
     "move_pages": Attempt("calls.move_pages", EPERM),
     "keyctl": Attempt("calls.name_the_session_keyring", EPERM),
     "add_key": Attempt("calls.add_a_key", EPERM),
@@ -85,6 +85,7 @@ def test_what_root_may_call_a_pocket_may_not(refused, attempt, thread):
     refused(attempt, thread)
 
 
+@pytest.mark.oldest
 @pytest.mark.harmful
 @each(HARMFUL)
 def test_what_would_change_the_host(refused, attempt, thread):

@@ -111,6 +111,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.oldest
 @each(KERNELS)
 def test_the_kernels_files(refused, attempt, thread):
     refused(attempt, thread)
@@ -181,6 +182,7 @@ def of_the_service(place):
     }
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("what", ["our own code", "its python", "a preloaded module", "/etc", "its own executable"])
 def test_the_services_files_cannot_be_written(pockets, controls, place, plain_file, what, thread):

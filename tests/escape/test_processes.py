@@ -32,6 +32,7 @@ def strangers(daemon, pockets):
     assert pockets("neighbour").alive
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("name, given", [("kill_by_pid", "pids"), ("kill_by_group", "groups")])
 def test_init_templates_and_other_workers_get_no_signal(pockets, controls, strangers, thread, name, given):
@@ -102,6 +103,7 @@ RANK = {
 }
 
 
+@pytest.mark.oldest
 @each(RANK)
 def test_it_cannot_rise(refused, attempt, thread):
     refused(attempt, thread)

@@ -43,6 +43,7 @@ def test_nor_by_their_numbers(pockets, controls, kind, thread):
     assert outcome(pockets("prisoner").attempt("talking.use_ipc", thread, kind=kind, number=theirs)) == "EINVAL"
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("way", ["connect_abstract", "send_abstract"])
 def test_an_abstract_socket_of_a_neighbour_is_not_there(pockets, controls, way, thread):
@@ -122,6 +123,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.oldest
 @each(FAMILIES)
 def test_families_of_no_use(refused, through, attempt, thread):
     if through(attempt) == "EAFNOSUPPORT":
@@ -184,6 +186,7 @@ ABIS = {
 }
 
 
+@pytest.mark.oldest
 @pytest.mark.skipif(not X86_64, reason="other machines' system calls are x86's")
 @each(ABIS)
 def test_i386_system_calls(refused, attempt, thread):
