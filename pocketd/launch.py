@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             raise Error("bad-request", "that session is not yours")
         if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
             return _reply(*known)
-        generation = await service.on(progress)
+        with _for_operators(peer, service.name):
+            generation = await service.on(progress)
         stack.enter_context(generation.busy())
         limits = definition.limits if definition else daemon.config.run_limits
         asking = definition.name if definition else "an ad hoc run"
@@ -66,7 +68,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         files += await unit.notify(request, given.get("notify"), peer, stack)
         secret = unit.credentials(request, given.get("credentials"))
         models = plan.models if mode == "client" and plan.models else None
-        template = await generation.templates.get(models, progress)
+        with _for_operators(peer, service.name):
+            template = await generation.templates.get(models, progress)
         if not generation.running:
             raise Error("service", f"service {generation.name} was switched off meanwhile; ask again")
         if wire.field(request, "adopt", bool, False):
@@ -93,6 +96,21 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             "session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode
         )
         return _reply(generation, session)
+
+
+@contextmanager
+def _for_operators(peer: processes.Peer, service: str) -> Iterator[None]:
+    """Why a service does not start is its operator's to know: a template's last words name files that are not the
+    caller's, and may show what is in them."""
+    try:
+        yield
+    except Error as e:
+        if peer.uid == 0:
+            raise
+        text = (
+            f"service {service} could not be started; its log, which is its operator's, says why: pocket logs {service}"
+        )
+        raise Error(e.code, text) from None
 
 
 def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:

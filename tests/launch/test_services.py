@@ -13,9 +13,11 @@ import pytest
 
 from nsutil import mounts
 from tests.conftest import ROOT, service_environment, toml_table, wait_for
+from tests.launch.test_rights import by
 
 OTHER = ROOT / ".cache/other-tensorflow/bin/python"  # made by deploy/prepare test
 ENV = toml_table(service_environment())
+PLAIN = "service bad could not be started; its log, which is its operator's, says why: pocket logs bad"
 
 
 VERSION = """
@@ -171,6 +173,20 @@ def test_a_service_that_does_not_start_says_why(own_pocketd, definition, said):
     assert [s["state"] for s in daemon.ps()["services"] if s["name"] == "bad"] == ["failed"]
     assert not list(daemon.cgroup_path.glob("pocketd-bad.scope"))
     daemon.pocket("good", "on")
+
+
+@pytest.mark.parametrize(
+    "definition", ['preload = ["no_such_module"]', 'models = { m = "nothing_here:Model" }', 'python = "/usr/bin/env"']
+)
+def test_why_it_does_not_start_is_for_its_operator_alone(own_pocketd, definition):
+    """A template's last words may show what is in files that are not the caller's."""
+    daemon = own_pocketd(f'[service.bad]\nruntime = "python"\n{definition}\n')
+    words = ("run", "--service", "bad", "--dir", "/var/lib/dpkg", "-c", "1")
+    for user, told in (("nobody", False), ("root", True)):
+        done = by(daemon, user, *words)
+        assert done.returncode == 125 and ("does not start" in done.stderr) == told, done.stderr
+        assert told or PLAIN in done.stderr.splitlines()[-1]
+        assert told or not any(word in done.stderr for word in ("no_such", "nothing_here", "/usr/bin/env", "Traceback"))
 
 
 def test_a_service_that_is_started_by_hand_alone_says_how(own_pocketd, tmp_path):
