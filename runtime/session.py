@@ -25,6 +25,7 @@ from pocketd import arrays, tensors, wire
 from pocketd.arena import Arenas, Heap
 from pocketd.values import Format
 from pocketd.wire import Error
+from runtime import hints
 from runtime import models as loading
 
 # fcntl.h, asm-generic: who gets SIGIO; one thread of ours.
@@ -42,14 +43,20 @@ class Cancel(BaseException):
 
 
 def serve(
-    sock: socket.socket, start: wire.Message, runtime: Any, models: Dict[str, Any], directory: Union[str, bytes]
+    sock: socket.socket,
+    start: wire.Message,
+    runtime: Any,
+    models: Dict[str, Any],
+    directory: Union[str, bytes],
+    orders: Optional[wire.Message] = None,
 ) -> int:
     """Serve one client until it goes; the worker's exit code. Runs on the main thread. Takes over `sock`, but leaves it
     open for whoever has to tell the client of an error that is raised here: nothing a client does raises one.
 
     `runtime` and `models` are as runtime.interface says; `directory` is where the pocket's own modules and files are.
+    `orders`: pocketd's word about the pocket, for the hint at a failure for want of a right.
     """
-    code = Session(sock, runtime, models, os.fsdecode(directory)).run()
+    code = Session(sock, runtime, models, os.fsdecode(directory), orders).run()
     sock.close()
     return code
 
@@ -57,8 +64,16 @@ def serve(
 class Session:
     """The state of the one session of this process."""
 
-    def __init__(self, sock: socket.socket, runtime: Any, models: Dict[str, Any], directory: str):
+    def __init__(
+        self,
+        sock: socket.socket,
+        runtime: Any,
+        models: Dict[str, Any],
+        directory: str,
+        orders: Optional[wire.Message] = None,
+    ):
         self._sock = sock
+        self._orders = orders
         self._runtime = runtime
         self._directory = directory
         self._models: List[Tuple[str, Any]] = list(models.items())
@@ -275,6 +290,9 @@ class Session:
         except Exception:
             said = "(its message cannot be shown)"
         text = "".join(traceback.format_exception(type(e), e, tb))
+        missing = hints.hint(e, self._orders) if self._orders else None
+        if missing:
+            text += f"{missing}\n"
         return Error("remote", said[:MAX_TRACEBACK], type=type(e).__name__, traceback=text[-MAX_TRACEBACK:])
 
     def _listen(self, pipe: int) -> None:

@@ -99,7 +99,7 @@ def run(
         trace.print(start.get("trace"))
         if message["mode"] == "client":
             processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
-            code = session.serve(sock, start, template.runtime, template.models, message["directory"])
+            code = session.serve(sock, start, template.runtime, template.models, message["directory"], message)
         else:
             sock.close()
             code = program.run(start, message)

@@ -106,7 +106,7 @@ class Session:
         self.pocket: Optional[str] = login.reply.get("pocket")
         self.pid: Optional[int] = login.reply.get("pid")
         self._sock, self._hold, self._cancel = login.session, login.hold, cancel
-        self._core = Core()
+        self._core = Core(login.reply)
         self._loop = asyncio.get_running_loop()
         self._waiting: Dict[int, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[None] = self._loop.create_future()

@@ -48,7 +48,9 @@ class Core:
     Tensors may be dropped by any thread at any time; everything else is called by one thread at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, login: Optional[Dict[str, Any]] = None) -> None:
+        """`login`: pocketd's reply to it."""
+        self._login = login or {}
         self.ready: Optional[Dict[str, Any]] = None
         self.pid = os.getpid()
         self._heap = Heap(CLIENT_PARITY)
@@ -110,6 +112,13 @@ class Core:
             if description["name"] == name:
                 return dict(description)
         known = ", ".join(self.models()) or "none"
+        if name in self._login.get("models", ()):
+            pocket = self._login.get("pocket")
+            raise errors.UnknownModel(
+                f"pocket {pocket} may not use model {name!r} of its service; models here: {known}; "
+                f"to allow it, as root: pocket allow {pocket} model={name}",
+                model=name,
+            )
         raise errors.UnknownModel(f"no model {name!r} in this session; models here: {known}", model=name)
 
     def tensor(self, shape: Tuple[int, ...], dtype: str) -> Tensor:

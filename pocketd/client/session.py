@@ -93,7 +93,7 @@ class Session:
         self.pid: Optional[int] = login.reply.get("pid")
         self._sock, self._hold, self._cancel = login.session, login.hold, cancel
         self._fd = login.session.fileno()
-        self._core = Core()
+        self._core = Core(login.reply)
         self._lock = threading.RLock()
         self._current: Optional[int] = None
         self._unsent: Deque[Outgoing] = collections.deque()

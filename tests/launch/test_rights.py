@@ -187,6 +187,64 @@ def test_a_program_that_fails_for_want_of_a_right_says_which_in_its_last_line(p,
     assert last.startswith("pocket: ") and last.endswith(f"as root: pocket allow p {right}")
 
 
+@pytest.mark.parametrize(
+    ("function", "right"),
+    [
+        ("reach", "network=host"),
+        ("write", "write=out/x"),
+        ("device", "device=/dev/video9"),
+        ("hidden", "write=out/x"),
+        ("other", None),
+    ],
+)
+def test_a_clients_call_that_fails_for_want_of_a_right_says_which(p, function, right):
+    (p.place / "out").mkdir()
+    (p.place / "functions.py").write_text(
+        "import socket\n"
+        "def reach(): socket.create_connection(('192.0.2.1', 80), timeout=5)\n"
+        "def write(): open('/pocket/out/x', 'w')\n"
+        "def device(): open('/dev/video9')\n"
+        "def hidden():\n"
+        "    try: write()\n"
+        "    except OSError as e: raise ValueError('no result') from e\n"
+        "def other(): open('nowhere')\n"
+    )
+    with login("p", runtime_dir=str(p.daemon.runtime_dir), timeout=TIMEOUT) as session:
+        with pytest.raises(errors.RemoteError) as caught:
+            session.call(f"functions:{function}", timeout=TIMEOUT)
+    last = str(caught.value).splitlines()[-1]
+    assert last.endswith(f"as root: pocket allow p {right}") if right else "pocket allow" not in str(caught.value)
+    assert caught.value.type in ("OSError", "FileNotFoundError", "ValueError")
+
+
+def test_a_model_that_a_pocket_may_not_use_is_named_with_its_right(own_pocketd, tmp_path):
+    daemon = own_pocketd(f"""
+        [service.plain]
+        runtime = "python"
+        env = {toml_table(service_environment())}
+        models = {{ counter = "collections:Counter", other = "collections:OrderedDict" }}
+
+        [pocket.p]
+        service = "plain"
+        dir = "{tmp_path}"
+        program = "app.py"
+        allow = {{ models = ["counter"] }}
+    """)
+    runtime_dir = str(daemon.runtime_dir)
+    with login("p", runtime_dir=runtime_dir, timeout=TIMEOUT) as session:
+        assert session.models == ("counter",)
+        with pytest.raises(
+            errors.UnknownModel, match="pocket p may not use model 'other'.*pocket allow p model=other$"
+        ):
+            session.model("other")
+        with pytest.raises(errors.UnknownModel) as caught:
+            session.model("none")
+        assert "pocket allow" not in str(caught.value)
+    daemon.pocket("allow", "p", "model=other")
+    with login("p", runtime_dir=runtime_dir, timeout=TIMEOUT) as session:
+        assert session.model("other")
+
+
 def test_other_failures_have_no_such_line(p):
     (p.place / "app.py").write_text("open('nowhere')")
     assert p.daemon.pocket("p", check=False, cwd=p.place).stderr.splitlines()[-1].startswith("FileNotFoundError")
