@@ -9,7 +9,7 @@
 
 struct words {
     const char *name; /* of a service, or of a pocket that has a definition */
-    bool pocket, cold;
+    bool pocket, cold, trace;
     const char *directory, *runtime_dir;
     int mounts;
     const char *mount[SENT_FDS];

@@ -50,6 +50,12 @@ void put_bool(struct writer *w, bool value) { put(w, value ? 0xc3 : 0xc2, 0, 0);
 
 void put_int(struct writer *w, int64_t number) { put(w, 0xd3, (uint64_t)number, 8); }
 
+void put_real(struct writer *w, double number) {
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    put(w, 0xcb, bits, 8);
+}
+
 void put_text(struct writer *w, const char *text) {
     size_t size = strlen(text);
     if (size < 256)

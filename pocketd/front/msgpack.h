@@ -26,6 +26,7 @@ void put_array(struct writer *, uint32_t items);
 void put_nil(struct writer *);
 void put_bool(struct writer *, bool);
 void put_int(struct writer *, int64_t);
+void put_real(struct writer *, double);
 void put_text(struct writer *, const char *);
 void put_bytes(struct writer *, const void *, size_t);
 void put_packed(struct writer *, const struct writer *);

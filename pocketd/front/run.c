@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -20,6 +21,10 @@ bool parse(struct words *w, char **rest) {
         const char *value = NULL;
         if (!strcmp(word, "--cold")) {
             w->cold = true;
+            continue;
+        }
+        if (!strcmp(word, "--trace")) {
+            w->trace = true;
             continue;
         }
         if (!strcmp(word, "--") || !strcmp(word, "-m") || !strcmp(word, "-c") || !strcmp(word, "-p")) {
@@ -182,7 +187,7 @@ static bool put_start(struct writer *w, const struct words *words, const int *pr
     if (!program) return false;
     mode_t mask = umask(0);
     umask(mask);
-    begin(w, "start", 12 + (packages ? 1 : 0));
+    begin(w, "start", 12 + (packages ? 1 : 0) + words->trace);
     put_text(w, "mode");
     put_text(w, "program");
     put_text(w, "kind");
@@ -204,6 +209,12 @@ static bool put_start(struct writer *w, const struct words *words, const int *pr
     put_text(w, "stdio");
     put_array(w, (uint32_t)count);
     for (int i = 0; i < count; i++) put_int(w, present[i]);
+    if (words->trace) { /* where the time went since now, on the program's standard error */
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        put_text(w, "trace");
+        put_real(w, (double)now.tv_sec + (double)now.tv_nsec / 1e9);
+    }
     if (packages) {
         put_text(w, "packages");
         put_text(w, packages);

@@ -91,6 +91,14 @@ def test_both_fronts_say_the_same(daemon, monkeypatch, words):
     assert not [line for line in found[0][2] if b"Traceback" in line]
 
 
+@both_fronts
+def test_a_trace_begins_with_the_request(daemon, front):
+    status, out, err = ended(daemon, "run", "--service=plain", "--trace", "-c", "print(1)", cwd=daemon.place)
+    first, *steps = err.decode().splitlines()
+    assert (status, out, first) == (0, b"1\n", "pocket: milliseconds since the request, and since the line before")
+    assert 0 <= float(steps[0].split()[1]) < float(steps[-1].split()[1]) < TIMEOUT * 1e3
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_is_taken_for_a_pocket(daemon, verb):
     """A `pocket` that was built before the verb was there would ask pocketd for a pocket of that name."""
