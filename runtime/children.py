@@ -12,6 +12,8 @@ from nsutil import clone, privileges
 from pocketd.wire import Message
 from runtime import template
 
+NEVER = float("inf")
+
 
 @dataclass
 class Session:
@@ -34,6 +36,7 @@ class Session:
     events: int = -1  # its leaf's cgroup.events, where it has no pause
     early: Optional[Tuple[int, int]] = None  # its worker's pid and status, where it ended before it was said to be born
     output: Optional[int] = None  # our end of the worker's standard output, in client mode
+    resting: float = NEVER  # when its output is read again, which is too much
 
     def summary(self) -> Message:
         return {

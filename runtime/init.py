@@ -25,14 +25,17 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import log, oom
-from runtime.children import Session, Template, by_default, cgroup_of, start_template
+from runtime.children import NEVER, Session, Template, by_default, cgroup_of, start_template
 from runtime.holding import Holding
 from runtime.slots import Slots
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
-NEVER = float("inf")
+# What workers of one uid may write to the log: bytes in a second, and seconds of these at once. More waits in its pipe.
+LOG_RATE, LOG_BURST = 64 << 10, 4.0
+_READ, _PIPE = 4 << 10, 64 << 10  # bytes: in one turn, and what a pipe holds (pipe(7))
+_LAST = 16 << 10, 1 << 10  # bytes of what a worker left in its pipe; where it has written too much already
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
 
@@ -50,6 +53,7 @@ class Init(Holding, Slots):
         self.launches = 0  # numbers, since a template must not learn a session's name
         self.launching: Dict[int, Any] = {}  # sessions, and pockets' templates
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
+        self.said: Dict[int, float] = {}  # by uid, when all that it wrote would have been written at LOG_RATE
         self.spare: Optional[clone.Child] = None  # the next session's pause
         self.kept: Any = None
         self.running = True
@@ -88,12 +92,15 @@ class Init(Holding, Slots):
 
     def patience(self) -> float:
         waiting = [s.deadline for s in self.sessions.values() if not s.pid and s.deadline < NEVER]
+        waiting += [s.resting for s in self.sessions.values() if s.resting < NEVER]
         if self.stopping is not None:
             waiting.append(self.stopping)
         return max(0.0, min(waiting) - time.monotonic()) if waiting else -1
 
     def expire(self) -> None:
         now = time.monotonic()
+        for s in [s for s in self.sessions.values() if s.resting <= now]:
+            self.hear_worker(s)
         late = [s for s in self.sessions.values() if not s.pid and s.deadline <= now]
         for number in {s.template for s in late}:
             self.end_template(number)
@@ -266,7 +273,7 @@ class Init(Holding, Slots):
 
     def drain(self, t: Template) -> bool:
         """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
-        text = os.read(t.stderr, 65536)
+        text = os.read(t.stderr, _READ)
         if not text:
             self.unwatch(t.stderr)
             return False
@@ -315,8 +322,9 @@ class Init(Holding, Slots):
 
     def refuse_template(self, t: Template, error: Any) -> None:
         """A template that does not get ready: what it said, and its own standard error."""
-        while select.select([t.stderr], [], [], 0)[0] and self.drain(t):
-            pass
+        for _ in range(_PIPE // _READ):
+            if not readable(t.stderr) or not self.drain(t):
+                break
         e = Error.unwire(error)
         e.detail["stderr"] = "\n".join(line.decode(errors="replace") for line in t.tail)
         self.tell({"id": t.request, "error": e.wire()})
@@ -406,7 +414,7 @@ class Init(Holding, Slots):
         out = None
         if message["mode"] == "client":
             s.output, out = os.pipe2(os.O_CLOEXEC)
-            self.watch(s.output, lambda: self.drain_worker(s))
+            self.hear_worker(s)
             passed.insert(4, out)
         try:
             request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
@@ -490,14 +498,46 @@ class Init(Holding, Slots):
         except (OSError, ValueError):
             pass
 
-    def drain_worker(self, s: Session) -> bool:
+    def hear_worker(self, s: Session) -> None:
         assert s.output is not None
-        text = os.read(s.output, 65536)
+        s.resting = NEVER
+        self.watch(s.output, lambda: self.drain_worker(s))
+
+    def drain_worker(self, s: Session) -> bool:
+        """Pass on what a worker wrote; a bounded part of it, as all pockets' launches wait meanwhile."""
+        assert s.output is not None
+        text = os.read(s.output, _READ)
         if not text:
             self.unwatch(s.output)
             return False
-        self.log.write(f"pocket {s.note.get('pocket', s.id)}", text)
+        self.record(s, text)
+        s.resting = self.rested(s)
+        if s.resting < NEVER:
+            self.unwatch(s.output)
         return True
+
+    def record(self, s: Session, text: bytes) -> None:
+        uid, now = s.note.get("uid", -1), time.monotonic()
+        if uid not in self.said:
+            self.said = {other: until for other, until in self.said.items() if until > now}
+        written = self.log.write(f"pocket {s.note.get('pocket', s.id)}", text)
+        self.said[uid] = max(self.said.get(uid, now), now) + written / LOG_RATE
+
+    def rested(self, s: Session) -> float:
+        """When it may write more; NEVER where it has not written too much."""
+        again = self.said.get(s.note.get("uid", -1), 0.0) - LOG_BURST
+        return again if again > time.monotonic() else NEVER
+
+    def last_words(self, s: Session) -> None:
+        assert s.output is not None
+        left = b""
+        while len(left) < _PIPE and readable(s.output):  # no more: others may have its end, and write for ever
+            more = os.read(s.output, _PIPE)
+            if not more:
+                break
+            left += more
+        if left:
+            self.record(s, left[-_LAST[self.rested(s) < NEVER] :])
 
     def finish(self, s: Session) -> None:
         """End whatever is left in the session's pid namespace; the rest follows when the pause is reaped."""
@@ -584,8 +624,7 @@ class Init(Holding, Slots):
             s.request = None
         self.close_hold(s)
         if s.output is not None:
-            while s.output in self.handlers and select.select([s.output], [], [], 0)[0] and self.drain_worker(s):
-                pass
+            self.last_words(s)
             self.unwatch(s.output)
             os.close(s.output)
         for fd in (s.pidfd, s.pause.pidfd if s.pause else -1, s.leaf):
@@ -637,6 +676,12 @@ def let_go(hold: socket.socket, trusted: bool) -> None:
             os._exit(0)
         os.close(child.pidfd)
     hold.close()
+
+
+def readable(fd: int) -> bool:
+    poll = select.poll()  # not select(2), which knows no descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _credentials(sock: socket.socket) -> Any:

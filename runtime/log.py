@@ -16,17 +16,21 @@ class Log:
         self.fd = fd
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
-    def write(self, source: str, text: bytes) -> None:
-        """Add each line of `text` as one event. A disk that is full loses lines, not the service."""
+    def write(self, source: str, text: bytes) -> int:
+        """Add each line of `text`, of less than half a LIMIT, as one event; how many bytes that were.
+
+        A disk that is full loses lines, not the service.
+        """
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        lines = [f"{stamp} {source} ".encode() + line[:_LONGEST] + b"\n" for line in text.splitlines()]
+        head = f"{stamp} {source} ".encode()
+        lines = b"".join(head + line[:_LONGEST] + b"\n" for line in text.splitlines())
         try:
-            for line in lines:
-                if self.size + len(line) > LIMIT:
-                    self.shorten()
-                self.size += os.write(self.fd, line)
+            if self.size + len(lines) > LIMIT:
+                self.shorten()
+            self.size += os.write(self.fd, lines)
         except OSError:
             pass
+        return len(lines)
 
     def shorten(self) -> None:
         kept = os.pread(self.fd, LIMIT // 2, self.size - LIMIT // 2)
