@@ -32,12 +32,18 @@ class Gone(Exception):
     """The process has ended, or its pid belongs to another by now."""
 
 
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Pid, uid and gid of who connected `sock`, as they were then (unix(7), SO_PEERCRED)."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
+
+
 def peer(sock: socket.socket) -> Peer:
     """The process that connected `sock`, held by a pidfd. Raises Gone.
 
     Before SO_PEERPIDFD (6.5) the pid is opened and checked to have been the same process before and after.
     """
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, gid = credentials(sock)
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
         return Peer(pid, uid, gid, struct.unpack("i", raw)[0])

@@ -13,7 +13,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
 from nsutil import messages, processes
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
 CONNECTIONS = 512  # at once; the listening queue holds those beyond
+BACKLOG = 256  # of the listening queue: who connects waits for those before it, and where it is full sleeps
 RESERVED = 64  # of them for root alone
 SHARE = 128  # of them for one other uid
-RATE, BURST = 200.0, 200  # requests in a second of one uid but root's, and how many of them at once
+RATE, BURST = 200.0, 200  # requests and connections in a second of one uid but root's, and how many of them at once
+PART = 2  # one of so many is what requests of one uid but root's get of pocketd's time
+LATE = 2.0  # seconds that a request would have to wait: no more connections then
 SILENCE = 60.0  # seconds without a request, since it connected or was answered last
 REST = 0.2  # seconds
 USHERS = 32  # of one uid: its requests with descriptors at once
 _PENDING = 4  # requests of one connection at once
-_ACCEPTED = 64  # in one turn
+_ACCEPTED = 16  # in one turn: what refuses them all is a small part of what others' requests take in it
 
 
 class Share:
@@ -44,6 +48,7 @@ class Share:
         self.uid = uid
         self.connections = 0
         self.ushers = asyncio.Semaphore(USHERS)
+        self._turn = asyncio.Lock()
         self._due = 0.0  # when all that was asked would have been asked at RATE
 
     def full(self) -> bool:
@@ -53,12 +58,44 @@ class Share:
         """How many seconds the next request has to wait."""
         return max(0.0, self._due - time.monotonic() - BURST / RATE) if self.uid else 0.0
 
-    def count(self) -> None:
-        """A request has come."""
-        self._due = max(self._due, time.monotonic()) + 1 / RATE
+    def late(self) -> bool:
+        return self.wait() > LATE
+
+    def pay(self, seconds: float) -> None:
+        """What has come, or was answered, makes the next ones wait so much longer."""
+        self._due = max(self._due, time.monotonic()) + seconds
+
+    async def serve(self, answering: Coroutine[Any, Any, None]) -> None:
+        """Answer a request: one of this uid's begins in a turn of the loop, however many there are, and it is paid for
+        by those that come after it."""
+        if not self.uid:
+            await answering
+            return
+        async with self._turn:
+            await asyncio.sleep(self.wait())
+        await _timed(answering, lambda seconds: self.pay(seconds * PART))
 
     def over(self) -> bool:
         return not self.connections and self._due <= time.monotonic()
+
+
+@types.coroutine
+def _timed(coroutine: Coroutine[Any, Any, None], spent: Callable[[float], None]) -> Generator[Any, Any, None]:
+    """Run `coroutine` to its end; `spent` is told the seconds that it keeps the loop each time."""
+    thrown: BaseException | None = None
+    while True:
+        begun = time.monotonic()
+        try:
+            awaited = coroutine.throw(thrown) if thrown else coroutine.send(None)
+        except StopIteration:
+            return
+        finally:
+            spent(time.monotonic() - begun)
+        thrown = None
+        try:
+            yield awaited
+        except BaseException as e:  # it is cancelled
+            thrown = e
 
 
 class RequestLink(Link):
@@ -100,12 +137,12 @@ class RequestLink(Link):
     def pause(self) -> None:
         if self.sock is not None and not self.paused:
             self.paused = True
-            asyncio.get_running_loop().remove_reader(self.sock)
+            asyncio.get_running_loop().remove_reader(self.sock.fileno())
 
     def resume(self) -> None:
         if self.sock is not None and self.paused:
             self.paused = False
-            asyncio.get_running_loop().add_reader(self.sock, self._readable)
+            asyncio.get_running_loop().add_reader(self.sock.fileno(), self._readable)
 
     def _let_go(self, sock: socket.socket) -> None:
         apart.let_go(sock)
@@ -185,8 +222,8 @@ class Connection:
         self._begin(self._usher())
 
     def _begin(self, answering: Coroutine[Any, Any, None]) -> None:
-        self._share.count()
-        task = asyncio.ensure_future(answering)
+        self._share.pay(1 / RATE)
+        task = asyncio.ensure_future(self._share.serve(answering))
         self._tasks.add(task)
         task.add_done_callback(self._answered)
         self._next()
@@ -425,7 +462,7 @@ class Control:
         os.chmod(temporary, 0o660 if group is not None else 0o600)
         if group is not None:
             os.chown(temporary, 0, group)
-        sock.listen(1024)
+        sock.listen(BACKLOG)
         os.rename(temporary, path)  # over the name that an earlier pocketd left
         return sock
 
@@ -441,19 +478,26 @@ class Control:
             self._take(sock)
 
     def _take(self, sock: socket.socket) -> None:
+        _, uid, _ = processes.credentials(sock)
+        share = self._share(uid)
+        limit = CONNECTIONS if uid == 0 else CONNECTIONS - RESERVED
+        if share.full() or share.late() or len(self.connections) >= limit:
+            if share.full():
+                why = f"you have {SHARE} connections already"
+            elif share.late():
+                why = f"your requests and connections are {LATE:g} s behind what you may have of them in a second"
+            else:
+                why = f"pocketd has {limit} connections already"
+            self._complain(uid, share.connections)
+            _refuse(sock, Error("full", f"{why}; try again later"))
+            return
         try:
             peer = processes.peer(sock)
         except (processes.Gone, OSError) as e:
             _refuse(sock, Error("kernel", f"pocketd cannot see who calls: {e}"))
             return
-        share = self._share(peer.uid)
-        limit = CONNECTIONS if peer.uid == 0 else CONNECTIONS - RESERVED
-        if share.full() or len(self.connections) >= limit:
-            why = f"you have {SHARE}" if share.full() else f"pocketd has {limit}"
-            self._complain(peer.uid, share.connections)
-            os.close(peer.pidfd)
-            _refuse(sock, Error("full", f"{why} connections already; try again later"))
-            return
+        if uid:
+            share.pay(1 / RATE)
         self.connections.add(Connection(self.daemon, sock, peer, share, self.connections.discard))
 
     def _share(self, uid: int) -> Share:

@@ -37,6 +37,7 @@ from pocketd.paths import Mount
 from pocketd.relief import Relief
 from pocketd.scopes import Directories, Scopes, Units
 from pocketd.services import RunningService
+from pocketd.turns import Turns
 from pocketd.wire import Error, Message
 
 OLDEST_KERNEL = (6, 1)
@@ -56,6 +57,7 @@ class Daemon:
         self.changed: dict[str, Limits] = {}  # by `pocket set`
         self.rights: dict[str, tuple[Allow, tuple[Mount, ...]]] = {}  # by `pocket allow` and `pocket deny`
         self.admission = Admission(self)
+        self.turns = Turns()
         self.relief = Relief(self)
         self.files = Files()
         self.last_right: dict[str, Pocket] = {}  # of pockets that their authors have made invalid since

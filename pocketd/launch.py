@@ -50,6 +50,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         with _for_operators(peer, service.name):
             generation = await service.on(progress)
         stack.enter_context(generation.busy())
+        await daemon.turns.take(peer.uid)
+        stack.callback(daemon.turns.give, peer.uid)
         limits = definition.limits if definition else daemon.config.run_limits
         asking = definition.name if definition else "an ad hoc run"
         await daemon.admission.admit(asking, limits, progress, given["hold"])

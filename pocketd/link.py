@@ -35,7 +35,8 @@ class Link:
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[asyncio.Future[tuple[Message, Fds]], Callable[[str], None] | None]] = {}
         self._sending = asyncio.Lock()
-        asyncio.get_running_loop().add_reader(sock, self._readable)
+        # By number: asyncio writes out (repr) each object that is new to it, for an error that it does not raise.
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable)
 
     def _readable(self) -> None:
         for _ in range(64):  # then other connections get their turn
@@ -79,7 +80,7 @@ class Link:
                 raise ConnectionError(str(e)) from None
             writable: asyncio.Future[None] = loop.create_future()
             sock = self.sock
-            loop.add_writer(sock, lambda: None if writable.done() else writable.set_result(None))
+            loop.add_writer(sock.fileno(), lambda: None if writable.done() else writable.set_result(None))
             try:
                 async with asyncio.timeout(SEND_TIMEOUT):
                     await writable
@@ -89,7 +90,7 @@ class Link:
                 raise ConnectionError(str(e)) from None
             finally:
                 if self.sock is not None:
-                    loop.remove_writer(sock)
+                    loop.remove_writer(sock.fileno())
 
     async def call(
         self,
@@ -123,8 +124,8 @@ class Link:
         if self.sock is None:
             return
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self.sock)
-        loop.remove_writer(self.sock)
+        loop.remove_reader(self.sock.fileno())
+        loop.remove_writer(self.sock.fileno())
         self._let_go(self.sock)
         self.sock = None
         for future, _ in self._waiting.values():

@@ -74,12 +74,12 @@ def daemon(own_pocketd: Any, apps: Path, monkeypatch: pytest.MonkeyPatch) -> Poc
 def connect(uid: int = 0) -> socket.socket:
     """A connection as `uid`, which is what the kernel takes down when connect(2) is called (unix(7), SO_PEERCRED)."""
     s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    s.settimeout(TIMEOUT)
     os.seteuid(uid)
     try:
         s.connect("pocketd.sock")
     finally:
         os.seteuid(0)
+    s.settimeout(TIMEOUT)  # not before: a full queue would be an error then (unix(7))
     return s
 
 
@@ -260,6 +260,39 @@ def test_no_uid_takes_anothers_connections(daemon: Pocketd) -> None:
         assert "services" in ask(other, "ps")
         mine.pop().close()
         assert wait_for(lambda: "services" in ask(stack.enter_context(connect(NOBODY)), "ps"), 10)
+
+
+def test_who_connects_too_often_is_refused_and_nobody_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection ends at once, so that there are never many: what takes pocketd's time is that they come."""
+    monkeypatch.setattr(control, "RATE", 1.0)
+    monkeypatch.setattr(control, "BURST", 10)
+    monkeypatch.chdir(tmp_path)
+
+    def said(uid: int) -> str | None:
+        with connect(uid) as s:
+            s.settimeout(0.2)
+            try:
+                return str(wire.receive(s)[0]["error"]["message"])
+            except TimeoutError:
+                return None
+
+    def all_said() -> list[str | None]:
+        for _ in range(30):
+            connect(NOBODY).close()
+        return [said(uid) for uid in (NOBODY, OTHERS[0], 0)]
+
+    async def listen() -> list[str | None]:
+        listening = control.Control(cast(Daemon, None), str(tmp_path / "pocketd.sock"), None)
+        os.chmod("pocketd.sock", 0o666)
+        try:
+            return await asyncio.to_thread(all_said)
+        finally:
+            listening.close()
+
+    tmp_path.chmod(0o755)
+    nobody, other, root = asyncio.run(listen())
+    assert nobody and "behind" in nobody
+    assert other is root is None
 
 
 def test_root_gets_in_when_all_others_are_there(daemon: Pocketd) -> None:
