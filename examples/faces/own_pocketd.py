@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
+START = 120.0  # seconds, which an emulated machine may need
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -62,12 +63,12 @@ class OwnPocketd:
 
     def _wait_until_it_answers(self) -> None:
         assert self._daemon
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + START
         while self.command("ps", "--json", check=False).returncode != 0:
             if self._daemon.poll() is not None:
                 raise Trouble(f"pocketd ended with status {self._daemon.returncode}; it said:\n{self.last_words()}")
             if time.monotonic() > deadline:
-                raise Trouble(f"pocketd does not answer after 20 s; it said:\n{self.last_words()}")
+                raise Trouble(f"pocketd does not answer after {START:g} s; it said:\n{self.last_words()}")
             time.sleep(0.05)
 
     def command(self, *words: str, check: bool = True, show: bool = False) -> subprocess.CompletedProcess[str]:
