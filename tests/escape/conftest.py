@@ -53,7 +53,7 @@ def daemon(place: Path) -> Iterator[Pocketd]:
     subprocess.run(made, check=True, timeout=TIMEOUT)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     shutil.copy(ROOT / "tests/escape/inside/resident.py", place / "env/lib" / version / "site-packages")
-    for name in ("hosted", "writer"):
+    for name in ("hosted", "writer", "held"):
         copy_program(place / name)
     (place / "pocketd").mkdir(mode=0o700)
     daemon = Pocketd(
@@ -73,6 +73,12 @@ def daemon(place: Path) -> Iterator[Pocketd]:
         dir = "{place}/hosted"
         program = "app.py"
         allow = {{ network = "host" }}
+
+        [pocket.held]
+        service = "plain"
+        dir = "{place}/held"
+        program = "app.py"
+        checkpoint = "main"
 
         [pocket.writer]
         service = "plain"
