@@ -19,7 +19,7 @@ from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, held, interpreter, program, randomness, session, slot
+from runtime import cold, held, interpreter, observed, program, randomness, session, slot
 from runtime.confinement import EMPTY, confine, homes_of
 from runtime.trace import Trace
 
@@ -100,6 +100,8 @@ def run(
         if message["mode"] == "client":
             processes.set_command_line([b"pocketd: worker of", message["hostname"].encode()])
             code = session.serve(sock, start, template.runtime, template.models, message["directory"], message)
+        elif start.get("observe") is True:
+            code = observed.run(sock, start, message)
         else:
             sock.close()
             code = program.run(start, message)

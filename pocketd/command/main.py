@@ -10,11 +10,12 @@ if os.environ.get("PYTHONPATH") and not sys.flags.ignore_environment:
     os.execv(sys.executable, [sys.executable, "-I", "-m", "pocketd.command.main", *sys.argv[1:]])
 
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pocketd.client import errors
 from pocketd.client.control import Control
-from pocketd.command import run, show
+from pocketd.command import run, show, suggest
 
 USAGE = """\
 usage: pocket SERVICE on | off               switch a service on or off (also: pocket on SERVICE)
@@ -30,6 +31,7 @@ usage: pocket SERVICE on | off               switch a service on or off (also: p
                                               rights of a pocket's next launches: network=host, model=NAME,
                                               write=PATH, device=/dev/NAME, mount=SRC[:DST][:rw]
        pocket warm NAME | cool NAME           hold a pocket at its checkpoint, ready to go on from there; give that up
+       pocket suggest NAME [ARG...]           run it once, and say where it could be held
        pocket inspect [--privileges] NAME     a definition, and the limits that hold; or what its workers may do
 
 Options of all but run: --json, --runtime-dir DIR (or POCKETD_RUNTIME_DIR)
@@ -95,11 +97,11 @@ def main() -> None:
 
             print(f"pocket {__version__}")
         elif first in VERBS:
-            VERBS[first](Options(words[1:]))
+            VERBS[first](words[1:])
         elif first.startswith("-"):
             usage(f"there is no option {first}")
         elif len(words) >= 2 and words[1] in ("on", "off") and not is_pocket(first):
-            VERBS[words[1]](Options([first, *words[2:]]))
+            VERBS[words[1]]([first, *words[2:]])
         else:
             run.main([], run.Request(name=first, pocket=True, arguments=words[1:]))
     except errors.PocketError as e:
@@ -219,6 +221,17 @@ def _several(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def suggested(words: list[str]) -> NoReturn:
+    """Its options come before the pocket's name; what follows is the program's."""
+    as_json, rest = False, list(words)
+    while rest and rest[0] == "--json":
+        as_json = True
+        rest.pop(0)
+    if not rest or rest[0].startswith("-"):
+        usage("suggest needs the name of a pocket, and arguments for a run of it")
+    suggest.main(rest[0], rest[1:], os.environ.get("POCKETD_RUNTIME_DIR"), as_json)
+
+
 def warm(options: Options) -> None:
     if len(options.words) != 1:
         usage("warm needs the name of one pocket")
@@ -289,19 +302,24 @@ def _plain(reply: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in reply.items() if key not in ("v", "id", "ok")}
 
 
-VERBS = {
-    "on": on,
-    "off": off,
-    "ps": ps,
-    "logs": logs,
-    "stop": stop,
-    "reload": reload,
-    "set": set_limits,
-    "inspect": inspect,
-    "allow": allow,
-    "deny": deny,
-    "warm": warm,
-    "cool": cool,
+def with_options(verb: Callable[[Options], None]) -> Callable[[list[str]], None]:
+    return lambda words: verb(Options(words))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "on": with_options(on),
+    "off": with_options(off),
+    "ps": with_options(ps),
+    "logs": with_options(logs),
+    "stop": with_options(stop),
+    "reload": with_options(reload),
+    "set": with_options(set_limits),
+    "inspect": with_options(inspect),
+    "allow": with_options(allow),
+    "deny": with_options(deny),
+    "warm": with_options(warm),
+    "cool": with_options(cool),
+    "suggest": suggested,  # whose options end at the pocket's name
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -67,6 +68,7 @@ class Request:
     cold: bool = False
     adopt: bool = False
     trace: bool = False
+    observe: bool = False  # for `pocket suggest`
     runtime_dir: str | None = None
     kind: str = "file"
     program: str = ""
@@ -194,6 +196,7 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             limits={name: resource.getrlimit(getattr(resource, name))[0] for name in _RLIMITS},
             cold=r.cold,
             trace=time.monotonic() if r.trace else None,
+            observe=r.observe,
             stdio=stdio,
             **given.start,
         )
@@ -287,8 +290,8 @@ def ignored() -> list[int]:
     return [int(n) for n in signal.valid_signals() - mine if signal.getsignal(n) == signal.SIG_IGN]
 
 
-def hold(login: Login) -> NoReturn:
-    """Pass signals on until the worker has ended, then end in the same way."""
+def hold(login: Login, ended: Callable[[Login], None] | None = None) -> NoReturn:
+    """Pass signals on until the worker has ended, then end in the same way. `ended` is called before that."""
     forwarded = signal.valid_signals() - _NOT_FORWARDED
     for number in forwarded - set(ignored()):
         try:
@@ -311,6 +314,8 @@ def hold(login: Login) -> NoReturn:
             except (EOFError, OSError, MessageError):
                 message = {"op": "exit", "error": wire.Error("service", "the service ended").wire()}
             if message.get("op") == "exit":
+                if ended:
+                    ended(login)
                 end(login, message)
             if message.get("op") == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)  # the shell sees this process stop, and its SIGCONT is passed on
