@@ -145,7 +145,8 @@ class Observer:
         # The simplest place that loses little: the rest of the top level, or a function, can be rehearsed too.
         best = max(when for _, when, _ in found) - self.begun
         if best < _LEAST:
-            return {"checkpoint": None, "whole": whole, "why": f"it looks at {self.look.what} at once, in {self.look.line}"}
+            why = f"it looks at {self.look.what} at once, in {self.look.line}"
+            return {"checkpoint": None, "whole": whole, "why": why}
         where, when, rehearsed = next(place for place in found if place[1] - self.begun >= best * (1 - _WORTH))
         return {
             "checkpoint": where,
