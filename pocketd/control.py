@@ -38,7 +38,7 @@ SILENCE = 60.0  # seconds without a request, since it connected or was answered 
 REST = 0.2  # seconds
 USHERS = 32  # of one uid: its requests with descriptors at once
 _PENDING = 4  # requests of one connection at once
-_ACCEPTED = 16  # in one turn: what refuses them all is a small part of what others' requests take in it
+_ACCEPTED, _ACCEPTING = 16, 0.002  # connections in one turn of the loop, and seconds: others' requests are in it too
 
 
 class Share:
@@ -467,7 +467,10 @@ class Control:
         return sock
 
     def _accept(self) -> None:
+        until = time.monotonic() + _ACCEPTING
         for _ in range(_ACCEPTED):
+            if time.monotonic() > until:  # what one has sent before is taken out of it when it is refused
+                return
             try:
                 sock, _ = self.sock.accept()
             except BlockingIOError:
