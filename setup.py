@@ -75,10 +75,18 @@ def value(name: str, path: str) -> ast.expr:
 
 
 def front_definitions() -> list[str]:
-    """What pocketd/front has of the modules in Python, so that it is said once."""
-    verbs = "".join(f'"{ast.literal_eval(key)}",' for key in value("VERBS", "pocketd/command/main.py").keys)
+    """What pocketd/front has of the modules in Python, so that it is said once.
+
+    Verbs are the keys of main.py's VERBS, and the words that it compares `first` to.
+    """
+    verbs = {ast.literal_eval(key) for key in value("VERBS", "pocketd/command/main.py").keys}
+    for node in ast.walk(ast.parse((HERE / "pocketd/command/main.py").read_text())):
+        match node:
+            case ast.Compare(left=ast.Name(id="first"), ops=[ast.Eq()], comparators=[ast.Constant(value=str(word))]):
+                verbs.add(word)
     versions = {name: ast.literal_eval(value(name, "pocketd/wire.py")) for name in ("OLDEST", "VERSION")}
-    return [f"-DVERBS={verbs}", *(f"-D{name}={number}" for name, number in versions.items())]
+    words = "".join(f'"{verb}",' for verb in sorted(verbs))
+    return [f"-DVERBS={words}", *(f"-D{name}={number}" for name, number in versions.items())]
 
 
 class BuildLivefork(Command):

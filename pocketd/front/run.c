@@ -187,7 +187,7 @@ static bool put_start(struct writer *w, const struct words *words, const int *pr
     if (!program) return false;
     mode_t mask = umask(0);
     umask(mask);
-    begin(w, "start", 12 + (packages ? 1 : 0) + words->trace);
+    begin(w, "start", 12 + (packages ? 1u : 0u) + (words->trace ? 1u : 0u));
     put_text(w, "mode");
     put_text(w, "program");
     put_text(w, "kind");

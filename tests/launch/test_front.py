@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ import pytest
 
 from nsutil import memory, messages
 from pocketd import wire
-from pocketd.command.main import VERBS
+from pocketd.command.main import USAGE, VERBS
 from tests.conftest import TIMEOUT, Pocketd
 
 CONFIG = """
@@ -99,11 +100,14 @@ def test_a_trace_begins_with_the_request(daemon, front):
     assert 0 <= float(steps[0].split()[1]) < float(steps[-1].split()[1]) < TIMEOUT * 1e3
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_is_taken_for_a_pocket(daemon, verb):
+@pytest.mark.parametrize("verb", sorted({*VERBS, *re.findall(r"(?m)^(?:usage:|      ) pocket ([a-z]+)", USAGE)}))
+def test_no_verb_is_taken_for_a_pocket(daemon, monkeypatch, verb):
     """A `pocket` that was built before the verb was there would ask pocketd for a pocket of that name."""
-    status, _, err = ended(daemon, verb, "--no-such-option")
-    assert status == 125 and err.startswith(b"pocket: there is no option --no-such-option\n"), err
+    found = []
+    for front in FRONTS:
+        monkeypatch.setattr(Pocketd, "front", front)
+        found.append(ended(daemon, verb, "--no-such-option"))
+    assert found[0] == found[1]
 
 
 def test_what_python_does_is_beside_it(tmp_path):
