@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cgroup.hierarchy import path_of
-from cgroup.limits import CONTROLLERS, Limits
+from cgroup.limits import CONTROLLERS, LimitError, Limits
 from cgroup.node import Cgroup
 from nsutil import messages, processes
 from nsutil.messages import Fds
@@ -35,6 +35,9 @@ from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
     from pocketd.host import Host
+
+
+WEIGHT = "1000"  # cpu.weight of what serves all pockets, whose own together is 100
 
 
 @dataclass
@@ -106,6 +109,9 @@ class Generation:
         for part in ("templates", "pockets"):
             with self.tree.create(part) as child:
                 child.enable(CONTROLLERS)
+        for part in ("init", "templates"):  # launches go on however much pockets compute
+            with Cgroup(part, self.tree) as cgroup, suppress(LimitError):
+                cgroup.apply({"cpu.weight": WEIGHT})
         self.tree.apply(self.definition.limits)
         self.promise(None, self.definition.limits)
         await self._connect({"definition": self.definition.wire(), "models": self.models})
