@@ -220,3 +220,15 @@ def explain_missing(limit: str, legacy: Mapping[str, str], disabled: Collection[
     elif name == "memory":
         text += " (a Raspberry Pi needs cgroup_enable=memory on the kernel command line)"
     return f"{text}; leave the limit out, or enable the controller"
+
+
+def processors(limits: Mapping[str, str]) -> int | None:
+    """How many processors these parsed limits allow at once (cpu.max, rounded up; cpuset.cpus). None: all there are."""
+    found = []
+    quota, _, period = limits.get("cpu.max", "max").partition(" ")
+    if quota != "max":
+        found.append(-(-int(quota) // int(period or PERIOD)))
+    if limits.get("cpuset.cpus"):
+        ends = [part.partition("-") for part in limits["cpuset.cpus"].split(",")]
+        found.append(sum(int(last or first) - int(first) + 1 for first, _, last in ends))
+    return max(1, min(found)) if found else None

@@ -127,6 +127,7 @@ class Pocket:
     run_as: User | None = None  # None: an id of its own
     allow: Allow = Allow()
     mounts: tuple[Mount, ...] = ()
+    threads: int | None = None  # that its libraries compute with; None: as many as its limits allow processors
     cold: bool = False  # a fresh interpreter for each run: no page, address layout or hash seed shared with others
     checkpoint: str | None = None  # where its program is held (runtime.checkpoint); None: nowhere
     rehearse: tuple[str, ...] | None = None  # a sample's arguments, for one run ahead of time; None: there is none

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cgroup.limits import CONTROLLERS, LimitError, Limits
+from cgroup.limits import CONTROLLERS, LimitError, Limits, processors
 from cgroup.node import Cgroup
 from nsutil import memory, processes
 from pocketd import paths, wire
@@ -128,6 +128,7 @@ def orders(
         "exit": generation.definition.exit,
         "pids_max": plan.limits.get("pids.max"),
         "devices": _devices(plan),
+        "threads": (plan.definition.threads if plan.definition else None) or processors(plan.limits),
         "defined": plan.definition is not None,
         "cold": bool(plan.definition and plan.definition.cold),
         **(more or {}),

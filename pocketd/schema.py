@@ -190,6 +190,12 @@ def count(value: object) -> int:
     return value
 
 
+def threads(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
+        raise Invalid("is not a number of threads; write a whole number from 1 to 1024")
+    return value
+
+
 def yes_or_no(value: object) -> bool:
     if not isinstance(value, bool):
         raise Invalid("is not true or false")
@@ -453,6 +459,7 @@ def pocket(name: str, reader: Reader, refusals: Refusals, path: Path | None) -> 
             devices=allow.take("devices", several(device, 'devices = ["/dev/video0"]'), ()),
         ),
         mounts=reader.take("mounts", several(mount, 'mounts = ["/srv/data:/data:rw"]'), ()),
+        threads=reader.take("threads", threads, None),
         cold=reader.take("cold", yes_or_no, False),
         warm=reader.take("warm", count, 0),
         checkpoint=reader.take("checkpoint", text, None),

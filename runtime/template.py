@@ -14,13 +14,13 @@ import socket
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from nsutil import clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, worker
+from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker
 from runtime.trace import Trace
 
 # A private network namespace unless the pocket may use the host's.
@@ -38,6 +38,7 @@ class Template:
     models: Dict[str, Any] = field(default_factory=dict)
 
     reopen: Tuple[int, ...] = ()
+    pools: List[threads.Setter] = field(default_factory=list)
     masks: confinement.Masks = field(default_factory=confinement.Masks)
 
     def say(self, message: Message, fds: Iterable[int] = ()) -> None:
@@ -84,6 +85,7 @@ def warm(template: Template) -> None:
         template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
         files = imported.snapshot(clock)
         cold.expression(template.runtime)
+        template.pools = threads.find()
         randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
         gc.collect()
         memory.trim()  # what loading needed is not to be carried by every worker

@@ -19,7 +19,7 @@ from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, held, interpreter, observed, program, randomness, session, slot
+from runtime import cold, held, interpreter, observed, program, randomness, session, slot, threads
 from runtime.confinement import EMPTY, confine, homes_of
 from runtime.trace import Trace
 
@@ -64,6 +64,7 @@ def run(
             privileges.dumpable(True)
             revive(message.get("pids_max"))
             randomness.renew()
+            fit(template, message)
             clean.restore()
             code = held.Held(template, sock, message, output).run()
             interpreter.finish(code, full=message["exit"] == "full")
@@ -72,6 +73,7 @@ def run(
         if waited:
             revive(message.get("pids_max"))
             randomness.renew()
+            fit(template, message)
             clean.restore()
             interpreter.touch(interpreter.set_streams)
             own, sock = sock, slot.wait(sock, trace)
@@ -94,6 +96,7 @@ def run(
         if not waited:
             revive(message.get("pids_max"))
             randomness.renew()
+            fit(template, message)
             clean.restore()
         trace.mark("threads, random state, modules")
         trace.print(start.get("trace"))
@@ -113,6 +116,12 @@ def run(
     except BaseException as e:
         tell(sock, e)
     os._exit(code)
+
+
+def fit(template: Any, message: Message) -> None:
+    """Libraries compute with as many threads as the pocket's limits allow processors."""
+    if message.get("threads"):
+        threads.limit(message["threads"], template.pools)
 
 
 def prepare_to_hold(ancestors: Tuple[int, ...]) -> int:
