@@ -34,7 +34,9 @@ class Watch:
     timer: asyncio.TimerHandle | None = None
 
     def counts(self, path: str) -> bool:
-        """A lost event ("") counts as one."""
+        """A lost event ("") counts as one. Bytecode says no more than its sources: whoever runs a program writes it."""
+        if "/__pycache__" in path:
+            return False
         ours = not path or any(_within(path, top) for top in self.tops)
         return ours and not any(_within(path, top) for top in self.apart)
 

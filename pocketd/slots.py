@@ -150,14 +150,15 @@ class Slots:
 
     async def _from_root(self, daemon: Daemon, definition: Pocket, stack: ExitStack) -> None:
         g = self.generation
-        template = await g.templates.get(None)
         plan = orders.plan_of(daemon, g, definition)
+        mode = "program" if definition.program else "client"
+        template = await g.templates.get(plan.models if mode == "client" and plan.models else None)
         identity = os.urandom(16).hex()
         homes = orders.homes(definition)
         files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
         orders.make_pocket(g, plan.name, plan.limits, identity)
         leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
-        told = orders.orders(g, plan, "program", files, None, {"slot": True, "homes": list(homes)})
+        told = orders.orders(g, plan, mode, files, None, {"slot": True, "homes": list(homes)})
         stack.callback(os.close, told)
         slot = Slot(identity, plan.name, definition, template, leaf, homes, None)
         host = plan.network == "host"
@@ -182,7 +183,14 @@ class Slots:
         asyncio.get_running_loop().add_reader(slot.sock, self._hear, slot)
         try:
             fds = [passed[0], theirs.fileno(), *passed[1:]]
-            fields: dict[str, Any] = {"slot": slot.id, "template": template, "note": note, "host_network": host}
+            mode = "program" if slot.definition.program else "client"
+            fields: dict[str, Any] = {
+                "mode": mode,
+                "slot": slot.id,
+                "template": template,
+                "note": note,
+                "host_network": host,
+            }
             _, received = await g.init.call("slot", fds, **fields)
         except BaseException:
             await self._drop(slot)
@@ -241,10 +249,16 @@ class Slots:
                 slot.answer(Error("held", f"its slot has ended: {e}"))
             _, fds = await known
             fds.close()
-            async with asyncio.timeout(TAKEN):
-                await slot.taken
-        except TimeoutError:
-            raise Error("held", f"its slot did not answer within {TAKEN:g} s") from None
+            try:
+                async with asyncio.timeout(TAKEN):
+                    await slot.taken
+            except TimeoutError:
+                raise Error("held", f"its slot did not answer within {TAKEN:g} s") from None
+        except Error:
+            if g.init:
+                with suppress(Error, ConnectionError):  # before it ends, of which its caller would hear
+                    await g.init.call("release", session=identity)
+            raise
         finally:
             slot.close()
 

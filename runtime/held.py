@@ -25,12 +25,32 @@ from nsutil import clone, memory, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import carried, checkpoint, cold, interpreter, program, randomness, recorded, rehearsal, seeds, slot, workingset
+from runtime import (
+    carried,
+    checkpoint,
+    cold,
+    interpreter,
+    program,
+    randomness,
+    recorded,
+    rehearsal,
+    seeds,
+    slot,
+    workingset,
+)
 from runtime.trace import Trace
 
 FAILED = 125  # pocketd's own failure, as podman's
 PRINTED = 1 << 20  # bytes that a program may print before its checkpoint, to each stream
 _VARARGS, _VARKEYWORDS = 0x4, 0x8  # of a code object: inspect.CO_VARARGS, CO_VARKEYWORDS
+_AT_FIRST = (
+    b"PYTHONPATH",
+    b"PYTHONPYCACHEPREFIX",
+    b"PYTHONDONTWRITEBYTECODE",
+    b"PYTHONWARNINGS",
+    b"PYTHONFAULTHANDLER",
+)
+_AT_PRINTING = (b"PYTHONUNBUFFERED", b"PYTHONIOENCODING", b"PYTHONUTF8")
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
@@ -53,6 +73,7 @@ class Held:
         self.recorder = recorded.Recorder(tops)
         self.seeds = seeds.Seeds()
         self.streams: Dict[str, Tuple[Any, Any]] = {}
+        self.files: Dict[int, int] = {}  # inodes of what 0, 1 and 2 are up to the checkpoint
         self.compiled: Any = None
         self.rehearsing = False
         self.reports = -1  # where a run of the sample writes which pages it made its own
@@ -111,6 +132,7 @@ class Held:
                 os.lseek(fd, 0, os.SEEK_SET)
             os.dup2(fd, number)
             os.close(fd)
+            self.files[number] = os.fstat(number).st_ino
         interpreter.set_streams()
         for _, name, _ in _STREAMS:
             stream: Any = getattr(sys, name)
@@ -177,6 +199,9 @@ class Held:
             self.printed[fd] = printed[:size], printed[size:]
             if len(printed) > PRINTED:
                 self.fail(f"the program prints more than {PRINTED >> 20} MiB before its checkpoint")
+        for fd, inode in self.files.items():
+            if not interpreter.is_open(fd) or os.fstat(fd).st_ino != inode:
+                self.fail(f"it closes or replaces descriptor {fd} before its checkpoint, and each run has its own")
         if os.lseek(0, 0, os.SEEK_CUR):
             self.fail("it reads standard input before its checkpoint, and each run has its own")
         self.refuse_what_is_left_behind()
@@ -193,7 +218,19 @@ class Held:
         memory.trim()
         gc.freeze()
         gc.disable()
+        self.try_fork()
         self.say_ready(privatized)
+
+    def try_fork(self) -> None:
+        """Whether it can be forked shows now, not in each run."""
+        try:
+            child = clone.live_fork()
+        except clone.CloneError as e:
+            self.fail(f"at its checkpoint the program cannot be forked: {e.strerror}")
+        if child is None:
+            os._exit(0)
+        os.waitpid(child.pid, 0)
+        os.close(child.pidfd)
 
     def refuse_what_is_left_behind(self) -> None:
         left = self.left_behind()
@@ -206,6 +243,8 @@ class Held:
             return "a running asyncio loop"
         if has_children():
             return f"child processes ({children()})"
+        if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
+            return "a running timer (setitimer, alarm)"
         found = clone.inspect({0, 1, 2, self.talk.fileno(), self.log, self.reports})
         refused = [str(o) for o in found if o.remedy == "refuse"]
         for o in found:
@@ -441,10 +480,12 @@ class Held:
             answers, words = sock, {}
             sock = slot.wait(sock, trace)
         peeked, given = wire.receive(sock, socket.MSG_PEEK)
-        given.close()
-        why = self.outdated() or self.differing(peeked)
+        with given:
+            why = self.outdated() or self.differing(peeked) or self.on_terminal(peeked, given.rest())
         if why:
             wire.send(answers, {"op": "refused", **words, "error": Error("held", why).wire()})
+            if message.get("slot"):
+                answers.recv(1)  # until init knows: it tells the caller of a session how its worker ends
             os._exit(0)
         if not message.get("slot"):
             for fd in self.open_files:
@@ -452,7 +493,7 @@ class Held:
         wire.send(answers, {"op": "taken" if message.get("slot") else "forked", **words})
         start, given = wire.receive(sock)
         trace.mark("it has its caller's start")
-        self.child = True
+        self.child = interpreter.frozen = True
         answers.close()
         self.talk.close()
         sock.close()
@@ -472,12 +513,14 @@ class Held:
         r, begin = self.recorder, self.template.begin
         if start.get("kind") != "file" or os.fsdecode(wire.field(start, "program", bytes)) != self.program:
             return "it runs another program"
-        if start.get("mode") != "program" or start.get("cold") or start.get("listen"):
+        if start.get("mode") != "program" or start.get("cold") or start.get("listen") or start.get("observe"):
             return "this run is of another kind"
         environment = interpreter.environment(start)
         shown = {os.fsdecode(k): os.fsdecode(v) for k, v in environment.items()}
-        name = r.differing(environment) or cold.differing(
-            shown, begin["environment"], cold.expression(self.template.runtime)
+        name = (
+            r.differing(environment)
+            or self.begun_otherwise(environment)
+            or cold.differing(shown, begin["environment"], cold.expression(self.template.runtime))
         )
         if name:
             return f"{name} is not what the program saw before its checkpoint; env in its definition makes it the same"
@@ -486,6 +529,21 @@ class Held:
             started = os.fsdecode(start["directory"])
             return f"it was started in {started}, and the program looked at its directory before its checkpoint"
         return None
+
+    def on_terminal(self, start: Message, fds: List[int]) -> Optional[str]:
+        """Whether the program asked if a stream is a terminal, and one of this run's is. Closes `fds`."""
+        found = None
+        for n, fd in zip(wire.field(start, "stdio", list), fds):
+            if n in self.recorder.terminal and os.isatty(fd):
+                found = f"its descriptor {n} is a terminal, for which the program asked before its checkpoint"
+        for fd in fds:
+            os.close(fd)
+        return found
+
+    def begun_otherwise(self, environment: Dict[bytes, bytes]) -> Optional[str]:
+        """A variable that Python goes by from its first line on, or in what has been printed by now."""
+        names = _AT_FIRST + (_AT_PRINTING if any(map(any, self.printed.values())) else ())
+        return next((os.fsdecode(n) for n in names if environment.get(n) != self.environment.get(n)), None)
 
     def prepare(self) -> None:
         """In a slot: do what can be done before it is known for whom, and go through the rest once."""

@@ -36,6 +36,7 @@ class Holding:
     unwatch: Callable[[int], None]
     tell: Callable[..., None]
     fail: Callable[[Session, Error], None]
+    kill: Callable[[Session], None]
     born: Callable[[Session, int, int], None]
     over: Callable[[Session], None]
     died: Callable[[Session, int], None]
@@ -189,6 +190,21 @@ class Holding:
             wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot, "marks": marks}, [shown, session_fd])
         except OSError as e:
             self.fail(s, Error("held", f"template {t.number} does not take a launch: {e}"))
+
+    def hand_back(self, s: Session, error: Error) -> None:
+        """A pocket's template has made no worker for a launch: pocketd has the caller's sockets still and goes another
+        way, so the caller hears nothing, and the session's id is free at once."""
+        self.tell({"id": s.request, "error": Error("held", error.message).wire()})
+        s.request = None
+        if s.hold:
+            self.unwatch(s.hold.fileno())
+            s.hold.close()  # not shut down, and not the last
+            s.hold = None
+        self.launching.pop(s.launch, None)
+        del self.sessions[s.id]
+        s.id = f"{s.id}-{s.launch}"
+        self.sessions[s.id] = s
+        self.kill(s)
 
     def look_for(self, s: Session) -> None:
         """A template says that it has forked: the child of ours in the session's leaf, if there is one."""

@@ -457,6 +457,9 @@ class Init(Holding, Slots):
 
     def fail(self, s: Session, error: Error) -> None:
         """A launch that did not come to a worker."""
+        if s.events >= 0 and s.request is not None:
+            self.hand_back(s, error)
+            return
         if s.request is not None:
             self.tell({"id": s.request, "error": error.wire()})
         s.request = None

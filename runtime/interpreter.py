@@ -39,6 +39,7 @@ _FLAGS = [field.partition("=")[0] for field in repr(sys.flags).partition("(")[2]
 
 
 _BUILTINS = dict(vars(builtins))  # a program may change its own
+frozen = False  # the program was held, and what it had made by then is frozen (gc.freeze)
 _known = 0  # how many modules there were before the program's own
 
 
@@ -256,7 +257,8 @@ def open_stream(text: Any, buffer: Any, fd: int, name: str, mode: str) -> None:
         buffer.__init__(raw, size if size > 1 else io.DEFAULT_BUFFER_SIZE)  # as open() does
     line = name == "stderr" or raw.isatty()
     below = raw if unbuffered else buffer
-    text.__init__(below, encoding, errors, newline="\n", line_buffering=line, write_through=unbuffered)
+    through = bool(os.environ.get("PYTHONUNBUFFERED"))  # of standard input too
+    text.__init__(below, encoding, errors, newline="\n", line_buffering=line, write_through=through)
     text.mode = mode
 
 
@@ -325,10 +327,21 @@ def forget_program() -> None:
         sys.__dict__.pop(name, None)
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, f"__{name}__"))
-    for name in list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known))):
-        del sys.modules[name]
-    sys.modules.pop("__main__", None)
+    names = list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known)))
+    gone = [sys.modules.pop(name, None) for name in (*names, "__main__")]
+    if frozen:  # no collection finds what was there before
+        for module in gone:
+            clear(getattr(module, "__dict__", {}))
+    del gone[:]
     frames.alone(gc.collect)
+
+
+def clear(namespace: Dict[str, Any]) -> None:
+    """CPython: _PyModule_ClearDict."""
+    for own in (True, False):
+        for name in list(namespace):
+            if name[:1] == "_" and name[1:2] != "_" if own else name != "__builtins__":
+                namespace[name] = None
 
 
 def flush_files() -> None:
@@ -354,7 +367,7 @@ def flush() -> bool:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name, None)
         try:
-            if stream is not None and not stream.closed:
+            if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
         except BaseException as e:
             good = False

@@ -8,6 +8,7 @@ is not.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -38,12 +39,14 @@ class Recorder:
         self.changes: Dict[bytes, Optional[bytes]] = {}  # what the program itself set, or took away (None)
         self.files: Dict[str, Identity] = {}
         self.libraries: Dict[str, Identity] = {}  # those of the service: they change when something is installed
+        self.arguments: List[Tuple[str, List[str]]] = []  # lists that are sys.argv or sys.orig_argv
         self.directory = False  # it asked for the working directory, or went by it
         self.terminal: Set[int] = set()  # descriptors that it asked about
         self.reconfigured: Dict[str, List[Dict[str, Any]]] = {}
         self.made: List[str] = []  # directories that it made
         self.refused: Optional[str] = None
         self._undo: List[Callable[[], object]] = []
+        self._watched: Dict[str, "_Arguments"] = {}
 
     # -- its beginning and end
 
@@ -64,6 +67,7 @@ class Recorder:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self._plain_arguments()
 
     def _set(self, holder: Any, name: str, value: Any) -> Any:
         """Replace an attribute until the end. Returns what it was."""
@@ -92,8 +96,27 @@ class Recorder:
 
     def _arguments(self) -> None:
         for name in ("argv", "orig_argv"):
-            watched = _Arguments(getattr(sys, name))
+            watched = self._watched[name] = _Arguments(getattr(sys, name))
             setattr(sys, name, watched)
+
+    def _plain_arguments(self) -> None:
+        """A plain list in the place of each that was watched, also where the program has kept it by a name: one of our
+        own type could not be pickled, as multiprocessing does."""
+        for name, watched in self._watched.items():
+            plain = list(watched)
+            if getattr(sys, name) is watched:
+                setattr(sys, name, plain)
+            for holder in gc.get_referrers(watched):
+                if isinstance(holder, dict) and holder is not self._watched:
+                    holder.update({key: plain for key, value in holder.items() if value is watched})
+            self.arguments += [(name, plain), (name, watched)]
+        self._watched.clear()
+
+    def fill(self, name: str, words: List[str]) -> None:
+        """Set sys.argv or sys.orig_argv, whatever else the program may have them by."""
+        for known, kept in self.arguments:
+            if known == name:
+                kept[:] = words
 
     def _streams(self) -> None:
         for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
@@ -138,8 +161,12 @@ class Recorder:
 
     def opened(self, path: Any, flags: int) -> None:
         """A file is about to be opened: its state is what the program will have seen."""
+        if path in _INPUT or (path == 0 and not isinstance(path, bool)):
+            self._reads_input()
+        if path in _ARGUMENTS:
+            self.refuse(f"it reads {path}{self.line(sys._getframe(1))}")
         name = self._named(path)
-        if name is None:
+        if name is None or _is_bytecode(name):
             return
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self.changed(name, "writes")
@@ -158,6 +185,10 @@ class Recorder:
         name = self._named(path)
         if name is not None and name.startswith(self.tops):
             self.refuse(f"it {does} {name}{self.line(sys._getframe(1))}")
+
+    def entered(self, path: Any) -> None:
+        """It changes its directory, each run again (runtime.carried)."""
+        self._named(path)
 
     def made_directory(self, path: Any) -> None:
         name = self._named(path)
@@ -216,6 +247,8 @@ class Recorder:
 
 
 _getcwd = os.getcwd
+_INPUT = ("/dev/stdin", "/proc/self/fd/0")
+_ARGUMENTS = ("/proc/self/cmdline", "/proc/self/environ")
 _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
 _LIBRARIES = tuple(f"{p}/" for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr", "/lib")))
 # sys.audit's events of what changes files, with what the program does then.
@@ -223,6 +256,11 @@ _CHANGES = {
     "os.remove": "removes", "os.rename": "renames", "os.rmdir": "removes", "os.link": "links", "os.symlink": "links",
     "os.truncate": "truncates", "os.chmod": "changes", "os.utime": "changes",
 }  # fmt: skip
+
+
+def _is_bytecode(path: str) -> bool:
+    """Made by whoever runs the program first, and no more than its sources say."""
+    return os.path.basename(os.path.dirname(path)) == "__pycache__"
 
 
 def identity(path: str) -> Identity:
@@ -240,6 +278,8 @@ def _heard(event: str, arguments: Tuple[Any, ...]) -> None:
     if event == "open":
         path, _, flags = arguments
         recorder.opened(path, flags if isinstance(flags, int) else 0)
+    elif event == "os.chdir":
+        recorder.entered(arguments[0])
     elif event == "os.mkdir":
         recorder.made_directory(arguments[0])
     elif event in _CHANGES:
@@ -267,35 +307,22 @@ class _Arguments(list):  # type: ignore[type-arg]
         self._look(key)
         return super().__getitem__(key)
 
-    def __iter__(self) -> Any:
-        self._look()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self._look()
-        return super().__len__()
-
-    def __contains__(self, item: object) -> bool:
-        self._look()
-        return super().__contains__(item)
-
-    def __eq__(self, other: object) -> bool:
-        self._look()
-        return super().__eq__(other)
-
     __hash__ = None
 
-    def pop(self, *key: Any) -> Any:
-        self._look()
-        return super().pop(*key)
 
-    def index(self, *of: Any) -> int:
+def _looking(plain: Any) -> Any:
+    def method(self: _Arguments, *args: Any, **kwargs: Any) -> Any:
         self._look()
-        return super().index(*of)
+        return plain(self, *args, **kwargs)
 
-    def copy(self) -> List[Any]:
-        self._look()
-        return super().copy()
+    return method
+
+
+for _name in (
+    "__add__ __contains__ __delitem__ __eq__ __ge__ __gt__ __iadd__ __imul__ __iter__ __le__ __len__ __lt__ __mul__ "
+    "__ne__ __repr__ __reversed__ __setitem__ append clear copy count extend index insert pop remove reverse sort"
+).split():
+    setattr(_Arguments, _name, _looking(getattr(list, _name)))
 
 
 def _watched(plain: Any) -> Any:
@@ -326,6 +353,16 @@ def _watched(plain: Any) -> Any:
             if _active is not None:
                 _active.saw_environment()
             return super().__iter__()
+
+        def __len__(self) -> int:
+            if _active is not None:
+                _active.saw_environment()
+            return len(self._data)
+
+        def __repr__(self) -> str:
+            if _active is not None:
+                _active.saw_environment()
+            return str(super().__repr__())
 
         def copy(self) -> Any:
             if _active is not None:

@@ -35,6 +35,8 @@ class Slots:
     refuse_when_stopping: Callable[[], None]
     launch_held: Callable[..., None]
     hear_caller: Callable[[Session], None]
+    drain_worker: Callable[[Session], bool]
+    hand_back: Callable[[Session, Error], None]
     hold_of: Callable[[int], socket.socket]
 
     def on_slot(self, message: Message, fds: Fds) -> None:
@@ -57,18 +59,25 @@ class Slots:
             message["slot"], message["note"], t.number, pause, None, leaf, message["id"], deadline, self.launches
         )
         self.sessions[s.id] = self.launching[s.launch] = s
+        out = -1
         try:
             if pause is None:
                 self.launch_held(t, s, orders, waits, slot=True)
                 return
             self.pauses[pause.pid] = s
+            passed = [leaf, pause.pidfd, waits, orders, *fds]
+            if message["mode"] == "client":
+                s.output, out = os.pipe2(os.O_CLOEXEC)
+                self.watch(s.output, lambda: self.drain_worker(s))
+                passed.insert(4, out)
             request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
-            wire.send(t.talk, request, [leaf, pause.pidfd, waits, orders, *fds])
+            wire.send(t.talk, request, passed)
         except OSError as e:
             self.fail(s, Error("template", f"template {t.number} is gone: {e}"))
         finally:
-            os.close(waits)
-            os.close(orders)
+            for fd in (waits, orders, out):
+                if fd >= 0:
+                    os.close(fd)
 
     def on_assign(self, message: Message, fds: Fds) -> None:
         """A slot is a session from now on, with a caller who holds it."""
@@ -86,3 +95,11 @@ class Slots:
         self.sessions[s.id] = s
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
         self.tell({"id": message["id"], "ok": True, "pid": s.pid})
+
+    def on_release(self, message: Message, fds: Fds) -> None:
+        """A slot that cannot serve the session it was given: that goes another way, and the slot ends."""
+        s = self.sessions.get(message["session"])
+        if not s or s.status is not None:
+            raise Error("held", "that slot is gone")
+        s.request = message["id"]
+        self.hand_back(s, Error("held", "it is handed back"))

@@ -1,0 +1,156 @@
+"""Where a program may be held. A run goes on from there as under plain Python; what came before does not run again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.launch.both import Ended
+
+BEFORE = """
+import os, sys
+first = os.getpid()
+"""
+AFTER = """
+print("other" if os.getpid() != first else "same", sys.argv)
+"""
+FUNCTION = f"""{BEFORE}
+def main(extra=None):
+    "What it does."
+    print("other" if os.getpid() != first else "same", sys.argv, extra, main.__doc__)
+    return 3
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+PLACES = {
+    "a statement": (BEFORE + "image = load = sys.argv\n" + AFTER, "image = load"),
+    "a statement, blanks aside": (BEFORE + "image = ( 1,\n  2)\n" + AFTER, "image=(1,2"),
+    "a compound statement": (BEFORE + "for word in sys.argv:\n    pass\n" + AFTER, "for word in"),
+    "the second of a line": (BEFORE + "x = 1; y = 2\n" + AFTER, "y = 2"),
+    "a decorated function": (BEFORE + "@str\ndef f(): pass\n" + AFTER, "@str"),
+    "the last statement": (BEFORE + AFTER, 'print("other'),
+    "a function": (FUNCTION, "main"),
+    "a function's line": (FUNCTION, "app.py:7"),
+    "the guard": (FUNCTION, "if __name__"),
+    "a line": (BEFORE + AFTER, "app.py:5"),
+    "a line with its directory": (BEFORE + AFTER, "{place}/app.py:5"),
+    "a line of a loop": (BEFORE + "for n in range(3):\n    print(n)\n" + AFTER, "app.py:5"),
+    "a call": (BEFORE + "import pocketd\npocketd.checkpoint()\n" + AFTER, "pocketd.checkpoint()"),
+    "a call in a function": (
+        BEFORE + "import pocketd\ndef f(x):\n    pocketd.checkpoint()\n    return x\nprint(f(3))\n" + AFTER,
+        "pocketd.checkpoint()",
+    ),
+    "after a docstring and a future": (
+        '"Says."\nfrom __future__ import annotations\n'
+        + BEFORE
+        + "def f(x: nothing): pass\nprint(f.__annotations__)\n"
+        + AFTER,
+        "def f(",
+    ),
+    "a method's line": (
+        BEFORE + "class A:\n    def f(self):\n        print(__class__, self.__class__)\nA().f()\n" + AFTER,
+        "app.py:6",
+    ),
+    "a generator's line": (BEFORE + "def f():\n    yield 1\n    yield 2\nprint(list(f()))\n" + AFTER, "app.py:6"),
+    "in try": (
+        BEFORE + "try:\n    x = 1 / len(sys.argv[9:])\nexcept ZeroDivisionError as e:\n    print(e)\n" + AFTER,
+        "app.py:5",
+    ),
+    "in with": (BEFORE + "import contextlib\nwith contextlib.suppress(KeyError):\n    {}[1]\n" + AFTER, "app.py:6"),
+    "in except": (
+        BEFORE + "try:\n    {}[1]\nexcept KeyError as e:\n    print(repr(e), sys.exc_info()[0])\n" + AFTER,
+        "app.py:7",
+    ),
+    "in match": (BEFORE + "match os.name:\n    case 'posix':\n        print(1)\n" + AFTER, "app.py:6"),
+}
+
+
+@pytest.mark.parametrize("form", PLACES)
+def test_what_comes_before_ran_once(hold, form):
+    source, checkpoint = PLACES[form]
+    pocket = hold(source, checkpoint)
+    pocket.warm()
+    plain = pocket.plain("a", "b c")
+    for _ in range(2):
+        held = pocket.from_held("a", "b c")
+        assert b"other" in held.out
+        assert Ended(held.status, held.out.replace(b"other", b"same"), held.err) == plain
+
+
+def test_a_program_that_is_held_nowhere_is_as_it_is(hold):
+    """pocketd's three functions do nothing where nothing is held, in a pocket and elsewhere."""
+    pocket = hold(
+        """
+        import pocketd
+        pocketd.on_start(lambda: print("started"))
+        pocketd.checkpoint()
+        pocketd.rehearsed()
+        print("on")
+        """
+    )
+    assert pocket.plain().out == pocket.pocket().out == b"started\non\n"
+
+
+def test_what_is_to_be_done_in_each_run_is_done_in_each(hold):
+    pocket = hold(
+        """
+        import os, pocketd, sys
+        first = os.getpid()
+        @pocketd.on_start
+        def begin():
+            global mine
+            mine = os.getpid(), list(sys.argv)
+            print("begun")
+        pocketd.checkpoint()
+        print(mine == (os.getpid(), sys.argv))
+        """,
+        "pocketd.checkpoint()",
+    )
+    pocket.warm()
+    assert pocket.same("x").out == b"begun\nTrue\n"
+
+
+WRONG = {
+    "no such statement": ("x = 1\n", "y = 2", "no top-level statement of"),
+    "two such statements": ("x = 1\nx = 1\n", "x =", "begins 2 top-level statements of"),
+    "no such function": ("x = 1\n", "main", "it has no such function"),
+    "no such line": ("x = 1\n", "app.py:9", "no statement begins in line 9 of"),
+    "inside a statement": ("x = (1,\n2)\n", "app.py:2", "no statement begins in line 2 of"),
+    "another file": ("x = 1\n", "other.py:1", "other.py:1 is not in the program"),
+    "a coroutine": ("async def main(): pass\n", "main", "main is a coroutine"),
+    "a syntax error": ("x = \n", "main", "SyntaxError"),
+    "a null byte": ("x = 1\0\n", "main", "null"),
+    "an end before it": ("import sys\nsys.exit(4)\nx = 1\n", "x =", "the program ended, with status 4, before"),
+    "an error before it": ("{}['k']\nx = 1\n", "x =", "KeyError: 'k'"),
+    "a call that is not reached": ("import pocketd\n", "pocketd.checkpoint()", "the program ended, with status 0"),
+    "a function that is not called": ("def main(): pass\n", "main", "the program ended, with status 0"),
+    "a signal before it": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nx = 1\n", "x =", "ended"),
+    "an exit before it": ("import os\nos._exit(0)\nx = 1\n", "x =", "ended"),
+    "another thread": (
+        "import threading\ndef main(): pass\nt = threading.Thread(target=main)\nt.start(); t.join()\n", "main",
+        "in a thread other than the main one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_checkpoint_that_cannot_be_is_named_and_the_program_runs(hold, what):
+    source, checkpoint, words = WRONG[what]
+    pocket = hold(source, checkpoint)
+    assert words in pocket.refused()
+    expected = pocket.plain()
+    found = pocket.pocket()
+    if what != "a null byte":  # python reads a file to its first one
+        assert (found.status, found.out) == (expected.status, expected.out)
+    assert set(pocket.ways()) == {"root"}
+    row = pocket.row()
+    assert row["held"] == "not held" and row["why_not_held"]
+    assert pocket.name in pocket.pocketd.pocket("ps").stdout
+
+
+def test_it_is_held_once_it_has_been_put_right(hold):
+    pocket = hold("x = 1\nprint(x)\n", "print(y")
+    pocket.refused()
+    pocket.write("app.py", "y = 2\nprint(y)\n")
+    pocket.wait_held()
+    assert pocket.same().out == b"2\n"

@@ -1,0 +1,281 @@
+"""What a program looks at before its checkpoint: refused where it is its caller's alone, noted where it may be the same."""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.launch.held.pocket import popen
+
+HERE = "here = None\n"
+CALLERS = {
+    "sys.argv": "import sys\nname = sys.argv[1:]\n",
+    "the length of sys.argv": "import sys\nif len(sys.argv) > 1: pass\n",
+    "sys.argv in a loop": "import sys\nfor word in sys.argv: pass\n",
+    "sys.argv by argparse": "import argparse\np = argparse.ArgumentParser()\np.parse_args()\n",
+    "sys.argv printed": "import sys\nprint(sys.argv)\n",
+    "sys.argv joined": "import sys\nprint(' '.join(sys.argv))\n",
+    "sys.argv sliced by a copy": "import sys\nwords = list(sys.argv)\n",
+    "sys.argv kept and read": "from sys import argv\nargv[1:2]\n",
+    "sys.argv added to": "import sys\nsys.argv.append('x')\n",
+    "sys.argv set": "import sys\nsys.argv[1:] = []\n",
+    "sys.argv added": "import sys\nwords = sys.argv + []\n",
+    "sys.orig_argv": "import sys\nsys.orig_argv[2]\n",
+    "its command line": "open('/proc/self/cmdline').read()\n",
+    "sys.stdin.read": "import sys\nsys.stdin.read()\n",
+    "sys.stdin.readline": "import sys\nsys.stdin.readline()\n",
+    "sys.stdin in a loop": "import sys\nfor line in sys.stdin: pass\n",
+    "sys.stdin.buffer": "import sys\nsys.stdin.buffer.read()\n",
+    "sys.stdin.buffer.raw": "import sys\nsys.stdin.buffer.raw.read(1)\n",
+    "input": "input()\n",
+    "os.read": "import os\nos.read(0, 1)\n",
+    "open(0)": "open(0).read()\n",
+    "/dev/stdin": "open('/dev/stdin').read()\n",
+    "fileinput": "import fileinput\nfor line in fileinput.input(): pass\n",
+    "the whole environment": "import os\ndict(os.environ)\n",
+    "the whole environment, in a loop": "import os\nfor name in os.environ: pass\n",
+    "the whole environment by items": "import os\nlist(os.environ.items())\n",
+    "the whole environment copied": "import os\nos.environ.copy()\n",
+    "the whole environment of bytes": "import os\nlist(os.environb)\n",
+    "the whole environment printed": "import os\nprint(os.environ)\n",
+    "the whole environment unpacked": "import os\n{**os.environ}\n",
+    "its own files written": "import os\nopen(os.path.join(os.path.dirname(__file__), 'out/x'), 'w')\n",
+    "its own files removed": "import os\nos.remove(os.path.join(os.path.dirname(__file__), 'out/y'))\n",
+}
+
+
+@pytest.mark.parametrize("what", CALLERS)
+def test_what_is_its_callers_alone_is_refused_by_its_line(hold, what):
+    pocket = hold("import os\n" + CALLERS[what] + HERE, "here =", allow={"write": ["out"]})
+    why = pocket.refused()
+    assert re.search(r"it (reads|writes|removes) .*before its checkpoint", why), why
+    if not re.search(r"os\.read|buffer|line in sys.stdin", CALLERS[what]):
+        line = CALLERS[what].count("\n", 0, CALLERS[what].rstrip("\n").rfind("\n") + 1) + 2
+        assert f"in {pocket.app}, line {line}" in why, why
+    plain = pocket.plain("x", input=b"")
+    if what != "/dev/stdin":  # a pipe of another user's
+        assert pocket.pocket("x", input=b"").status == plain.status
+
+
+@pytest.mark.parametrize("handler", ["except Exception: pass", "except BaseException: pass", "finally: pass"])
+def test_catching_what_is_raised_does_not_help(hold, handler):
+    pocket = hold(f"import sys\ntry: sys.argv[1]\n{handler}\n{HERE}", "here =")
+    assert "it reads its arguments" in pocket.refused()
+
+
+def test_in_another_file_of_the_pocket(hold):
+    pocket = hold(f"import mine\n{HERE}", "here =")
+    pocket.write("mine.py", "import sys\n\nsys.argv[1]\n")
+    assert f"in {pocket.place}/mine.py, line 3" in pocket.refused()
+
+
+FINE = {
+    "its own name": "import sys\nprint(sys.argv[0])\n",
+    "a default that is not called": "import sys\ndef f(argv=sys.argv): return argv\n",
+    "a parser made": "import argparse\nargparse.ArgumentParser(prog='x')\n",
+    "whether a variable is there": "import os\n'NOTHING' in os.environ\n",
+    "streams asked for their names": "import sys\nprint(sys.stdin.name, sys.stdout.fileno())\n",
+    "files of /proc": "open('/proc/cpuinfo').read(9)\n",
+    "a directory listed": "import os\nos.listdir('/usr')\n",
+    "logging": "import logging\nlogging.basicConfig(level='INFO')\nlogging.info('x')\n",
+    "subprocess imported": "import subprocess\n",
+    "a child that has ended": "import subprocess\nprint(subprocess.run(['true']).returncode)\n",
+    "temporary files": "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'x')\n",
+}
+
+
+@pytest.mark.parametrize("what", FINE)
+def test_what_may_be_looked_at(hold, what):
+    pocket = hold(FINE[what] + HERE + "print('on')\n", "here =")
+    pocket.warm()
+    pocket.same("x")
+
+
+def test_arguments_kept_as_a_default(hold):
+    pocket = hold(f"import sys\ndef f(argv=sys.argv): return argv[1:]\n{HERE}print(f(), sys.argv)\n", "here =")
+    pocket.warm()
+    pocket.same("x")
+    pocket.same("y", "z")
+
+
+def test_arguments_set_anew(hold):
+    pocket = hold(f"import sys\nsys.argv = ['mine', 'x']\n{HERE}print(sys.argv)\n", "here =")
+    pocket.warm()
+    pocket.same("given")
+
+
+# -- variables
+
+READS = {
+    "os.environ": "os.environ['MODE']",
+    "os.environ.get": "os.environ.get('MODE')",
+    "os.getenv": "os.getenv('MODE')",
+    "os.environb": "os.environb.get(b'MODE')",
+    "os.getenvb": "os.getenvb(b'MODE')",
+    "in": "'MODE' in os.environ",
+    "setdefault": "os.environ.setdefault('MODE', 'none')",
+    "pop": "os.environ.pop('MODE', None)",
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_run_with_another_value_of_a_variable_that_was_read(hold, how):
+    pocket = hold(
+        f"import os\nmode = {READS[how]}\n{HERE}print(mode, os.environ.get('MODE'))\n", "here =", env={"MODE": "a"}
+    )
+    assert pocket.warm()["variables"] == ["MODE"]
+    # What its definition sets, each of its runs has.
+    assert pocket.from_held().out == pocket.plain(env={"MODE": "a"}).out
+    pocket = hold(f"import os\nmode = os.environ.get('OTHER')\n{HERE}print(mode)\n", "here =")
+    pocket.warm()
+    for value in ("x", ""):
+        pocket.forget()
+        assert pocket.pocket(env={"OTHER": value}).out == pocket.plain(env={"OTHER": value}).out
+        assert pocket.ways() == ["root"]
+        (why,) = pocket.events("launch-not-held")
+        assert "OTHER is not what the program saw" in why
+    pocket.same()
+
+
+def test_a_variable_that_was_set_is_set_in_each_run(hold):
+    pocket = hold(
+        f"import os\nos.environ['SET'] = 'program'\nos.environ.pop('GONE', 0)\nos.putenv('PUT', 'x')\n{HERE}"
+        "print(os.environ.get('SET'), os.environ.get('GONE'))\n",
+        "here =",
+    )
+    pocket.warm()
+    pocket.same(env={"SET": "caller"})
+
+
+def test_a_variable_of_python_itself(hold):
+    pocket = hold(f"{HERE}import sys\nprint(sys.path[1:2], sys.dont_write_bytecode)\n", "here =")
+    pocket.warm()
+    for env in ({"PYTHONPATH": "/usr/share"}, {"PYTHONDONTWRITEBYTECODE": "1"}, {"PYTHONWARNINGS": "error"}):
+        assert pocket.pocket(env=env).out == pocket.plain(env=env).out
+
+
+# -- state of the process
+
+STATES = {
+    "a directory": "import os\nos.chdir('/usr')\n{here}print(os.getcwd())\n",
+    "a directory of its own": "import os\nos.chdir(os.path.dirname(__file__) + '/sub')\n{here}print(os.getcwd(), open('x').read())\n",
+    "a umask": "import os\nos.umask(0o27)\n{here}print(oct(os.umask(0)))\n",
+    "a locale": "import locale\nlocale.setlocale(locale.LC_ALL, 'C.UTF-8')\n{here}print(locale.setlocale(locale.LC_ALL))\n",
+    "a time zone": "import os, time\nos.environ['TZ'] = 'Asia/Tokyo'\ntime.tzset()\n{here}print(time.tzname, time.localtime(0).tm_hour)\n",
+    "a limit": "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (99, 199))\n{here}print(resource.getrlimit(resource.RLIMIT_NOFILE))\n",
+    "blocked signals": "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])\n{here}print(signal.pthread_sigmask(0, []))\n",
+    "a niceness": "import os\nos.nice(3)\n{here}print(os.nice(0))\n",
+    "processors": "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n{here}print(os.sched_getaffinity(0))\n",
+    "a name": "import ctypes\nctypes.CDLL(None).prctl(15, b'mine')\n{here}print(open('/proc/self/comm').read())\n",
+    "a recursion limit": "import sys\nsys.setrecursionlimit(777)\n{here}print(sys.getrecursionlimit())\n",
+    "a switch interval": "import sys\nsys.setswitchinterval(0.5)\n{here}print(sys.getswitchinterval())\n",
+    "warnings": "import warnings\nwarnings.simplefilter('error')\n{here}warnings.warn('x')\n",
+    "a wakeup descriptor": "import signal\nsignal.set_wakeup_fd(-1)\n{here}print(signal.set_wakeup_fd(-1))\n",
+    "faulthandler": "import faulthandler\nfaulthandler.enable()\n{here}print(faulthandler.is_enabled())\n",
+    "tracemalloc": "import tracemalloc\ntracemalloc.start()\n{here}print(tracemalloc.is_tracing())\n",
+    "a trace": "import sys\nsys.settrace(lambda *a: None)\n{here}print(sys.gettrace() is not None)\n",
+    "a context variable": "import contextvars\nv = contextvars.ContextVar('v')\nv.set(3)\n{here}print(v.get())\n",
+    "a decimal context": "import decimal\ndecimal.getcontext().prec = 5\n{here}print(decimal.Decimal(1) / 3)\n",
+    "thread locals": "import threading\nl = threading.local()\nl.x = 4\n{here}print(l.x)\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_what_was_set_before_is_set_in_each_run(hold, what):
+    pocket = hold(STATES[what].format(here=HERE), "here =")
+    pocket.write("sub/x", "text")
+    pocket.warm()
+    pocket.same(umask=0o77 if what != "a umask" else 0o22)
+
+
+def test_the_directory_looked_at(hold):
+    pocket = hold(f"import os\nplace = os.getcwd()\n{HERE}print(place)\n", "here =")
+    pocket.write("sub/x", "")
+    pocket.warm()
+    pocket.same(cwd=pocket.place)
+    pocket.forget()
+    assert pocket.pocket(cwd=pocket.place / "sub").out == f"{pocket.place}/sub\n".encode()
+    assert pocket.ways() == ["root"] and "looked at its directory" in pocket.events("launch-not-held")[0]
+
+
+def test_a_relative_path(hold):
+    pocket = hold(f"text = open('given').read()\n{HERE}print(text)\n", "here =")
+    pocket.write("given", "here")
+    pocket.write("sub/given", "there")
+    pocket.warm()
+    pocket.same(cwd=pocket.place)
+    assert pocket.pocket(cwd=pocket.place / "sub").out == b"there\n"
+
+
+def test_whether_output_is_a_terminal(hold):
+    pocket = hold(f"import sys\ncolour = sys.stdout.isatty()\n{HERE}print(colour, sys.stdout.isatty())\n", "here =")
+    pocket.warm()
+    pocket.same()
+    ours, theirs = os.openpty()
+    try:
+        for command in (pocket.plain_command(), pocket.pocket_command()):
+            subprocess.run(command, stdout=theirs, env=pocket.environment(None), cwd=pocket.place, check=True)
+            assert os.read(ours, 100) == b"True True\r\n"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+# -- what a fork cannot carry over
+
+LEFT = {
+    "a socket": ("import socket\ns = socket.socket()\n", "socket"),
+    "a pair of sockets": ("import socket\ns = socket.socketpair()\n", "socket"),
+    "a pipe": ("import os\np = os.pipe()\n", "pipe"),
+    "a file open for writing": ("f = open('/tmp/x', 'w')\n", "open for writing"),
+    "a file open for appending": ("f = open('/tmp/x', 'a')\n", "open for writing"),
+    "epoll": ("import select\ne = select.epoll()\n", "epoll"),
+    "eventfd": ("import os\ne = os.eventfd(0)\n", "eventfd"),
+    "a running child": ("import subprocess\nc = subprocess.Popen(['sleep', '600'])\n", "child processes (sleep 600)"),
+    "a zombie": ("import os\nif os.fork() == 0: os._exit(0)\n", "child processes"),
+    "a selector": ("import selectors\ns = selectors.DefaultSelector()\n", "epoll"),
+    "an event loop": ("import asyncio\nloop = asyncio.new_event_loop()\n", "epoll"),
+    "an interval timer": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 600)\n", "timer"),
+    "a virtual timer": ("import signal\nsignal.setitimer(signal.ITIMER_VIRTUAL, 600)\n", "timer"),
+    "an alarm": ("import signal\nsignal.alarm(600)\n", "timer"),
+    "a POSIX timer": (
+        "import ctypes\nt = ctypes.c_void_p()\nassert ctypes.CDLL(None).timer_create(1, None, ctypes.byref(t)) == 0\n", "timer"
+    ),
+    "locked memory": ("import ctypes\nb = ctypes.create_string_buffer(9000)\nassert ctypes.CDLL(None).mlock(b, 9000) == 0\n", "mlock"),
+    "a pool of processes": ("import multiprocessing\np = multiprocessing.Pool(1)\n", "child processes"),
+    "a file lock": ("import fcntl, os\nf = open('/tmp/x', 'w')\nfcntl.lockf(f, fcntl.LOCK_EX)\n", "open for writing"),
+    "a thread that blocks signals": (
+        "import signal, threading, time\ndef f():\n    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n    e.set()\n"
+        "    time.sleep(600)\ne = threading.Event()\nthreading.Thread(target=f, daemon=True).start(); e.wait()\n", "block"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_cannot_be_carried_over_is_named_and_the_pocket_runs_without(hold, what):
+    source, word = LEFT[what]
+    pocket = hold(source + HERE + "import os\nprint('on', flush=True)\nos._exit(0)\n", "here =")
+    why = pocket.refused()
+    assert word in why, why
+    ended = pocket.pocket()
+    assert (ended.status, ended.out) == (0, b"on\n")
+    assert pocket.ways() == ["root"]
+
+
+def test_a_running_loop_is_named(hold):
+    pocket = hold("import asyncio\nasync def f():\n    here = 1\n    print('on')\nasyncio.run(f())\n", "app.py:3")
+    assert "asyncio" in pocket.refused()
+    assert pocket.pocket().out == b"on\n"
+
+
+def test_standard_input_is_each_runs_own(hold):
+    pocket = hold(f"import sys\n{HERE}print(sys.stdin.read())\n", "here =")
+    pocket.warm()
+    runs = [popen(pocket) for _ in range(2)]
+    for n, run in enumerate(runs):
+        out, _ = run.communicate(b"%d" % n)
+        assert out == b"%d\n" % n
