@@ -68,6 +68,14 @@ def cache(size):
             file.write(os.urandom(4096) * 256)
         os.fsync(file.fileno())
 
+def compute(processes):
+    # They end with the session.
+    for _ in range(processes):
+        if os.fork() == 0:
+            while True:
+                pass
+    return processes
+
 def nothing():
     return None
 """
@@ -82,7 +90,9 @@ LIMITS = {
     "swapping": '"memory.max" = "80M", "memory.swap.max" = "40M"',
     "few": '"pids.max" = 20',
     "slow": '"io.max" = "DEVICE wbps=2M"',
+    "greedy": '"cpu.max" = "100%", "memory.max" = "150M", "memory.swap.max" = 0, "pids.max" = 40',
     "free": "",
+    "other": "",
 }
 
 
@@ -349,3 +359,57 @@ def test_a_templates_memory_is_charged_where_it_was_loaded():
         (template,) = [t for t in ps()["templates"] if t["service"] == "plain"]
         assert template["charged"] > loaded * 0.9  # the kernel's counters lag behind one another a little
         assert counts(cgroup_of("free") / "memory.stat")["anon"] < loaded
+
+
+def launch(count: int = 5) -> float:
+    """Seconds that a launch of another pocket takes, from a login to its first line: the median."""
+    took = []
+    for _ in range(count):
+        begun = time.monotonic()
+        with Program("other", "print('begun', flush=True)") as program:
+            assert program.line() == "begun"
+            took.append(time.monotonic() - begun)
+            assert program.end() == {"op": "exit", "v": 1, "status": 0}
+    return sorted(took)[count // 2]
+
+
+def of_the_service() -> list[Path]:
+    """The cgroups of init and of templates."""
+    return [*SLICE.glob("pocketd-plain*.scope/service/init"), *SLICE.glob("pocketd-plain*.scope/service/templates/*/")]
+
+
+@pytest.mark.oldest
+def test_a_pocket_at_all_its_limits_slows_neither_templates_nor_launches():
+    """Thirty processes that compute, and memory up to the limit: it is throttled and reclaimed, and nothing else is."""
+    alone = launch()
+    before = [counts(place / "memory.events") for place in of_the_service()]
+    with login("greedy", timeout=TIMEOUT) as session:
+        session.call("app:eat", 80 << 20)
+        for _ in range(2):
+            session.call("app:cache", 60 << 20)
+        session.call("app:compute", 30)
+        beside = launch()
+        assert counts(cgroup_of("greedy") / "cpu.stat")["nr_throttled"] > 0
+        assert events("greedy", "max") > 0
+        assert len(of_the_service()) >= 2
+        for place in of_the_service():
+            assert counts(place / "cpu.stat").get("nr_throttled", 0) == 0
+        assert [counts(place / "memory.events") for place in of_the_service()] == before
+    print(f"a launch took {alone:.2f} s alone, {beside:.2f} s beside it")
+    assert beside < 6 * alone
+
+
+def test_templates_have_their_share_beside_a_pocket_without_limits():
+    """Forty processes on two cpus. In the template's own cgroup the same processes do starve it."""
+    with login("free", timeout=TIMEOUT) as session:
+        session.call("app:nothing")
+        alone = launch()
+        session.call("app:compute", 40)
+        beside = launch()
+        leaf = cgroup_of_service()
+        (session_leaf,) = (place for place in cgroup_of("free").iterdir() if place.is_dir())
+        for pid in (session_leaf / "cgroup.procs").read_text().split():
+            (leaf / "cgroup.procs").write_text(pid)
+        amid = launch(3)
+    print(f"a launch took {alone:.2f} s alone, {beside:.2f} s beside them, {amid:.2f} s with them beside its template")
+    assert beside < 6 * alone and amid > 1.5 * beside
