@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -69,17 +71,20 @@ SPARED = os.readlink("/proc/self/ns/mnt")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A pocket's directory with both models; the host's secret beside it, which everybody may read."""
+    """A pocket's directory with both models; the host's secret, which all may read, where no pocket can write."""
     pytest.importorskip("tensorflow")
     out = tmp_path_factory.mktemp("models")
-    secret = tmp_path_factory.mktemp("host") / "secret"
+    host = Path(tempfile.mkdtemp(prefix="host-", dir="/var/tmp"))
+    host.chmod(0o755)
+    secret = host / "secret"
     secret.write_text("of the host")
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     (out / "make.py").write_text(f"DEED = {DEED!r}\n{MAKE}")
     make = ["unshare", "--mount", "--uts", sys.executable, "make.py", str(out)]
     subprocess.run(make, cwd=out, env=env, check=True, capture_output=True)
     (out / "load.py").write_text(LOAD)
-    return out, secret
+    yield out, secret
+    shutil.rmtree(host)
 
 
 def deeds(out: str):
@@ -110,7 +115,7 @@ def test_a_model_of_a_programs_own_gets_no_further_than_the_pocket(pocketd, mode
 def test_the_same_model_without_a_pocket_does_what_it_means_to(models):
     directory, secret = models
     script = [*NAMESPACES, sys.executable, "load.py", json.dumps([])]
-    if str(secret).startswith("/tmp/"):  # where the control has nothing of the host's
+    if str(directory).startswith("/tmp/"):  # where the control has nothing of the host's
         script = [word.replace("/tmp /dev/shm", "/dev/shm") for word in script]
     env = {**os.environ, "SPARED": SPARED, "HOST_SECRET": str(secret), "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(script, cwd=directory, env=env, capture_output=True, text=True, timeout=TIMEOUT)
