@@ -78,8 +78,8 @@ def trusting(tmp_path_factory) -> Iterator[Pocketd]:
     (place / "app").mkdir()
     (place / "app/calls.py").write_text("import trusted\ndef found(): return trusted.FOUND\n")
     daemon.start()
-    daemon.pocket("trusted", "on")
     try:
+        daemon.pocket("trusted", "on")
         yield daemon
     finally:
         daemon.close()
