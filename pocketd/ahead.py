@@ -36,7 +36,8 @@ async def launch(
 ) -> Session | None:
     """A session whose worker is there sooner, or None. Raises Error for what is wrong with the launch itself."""
     definition = plan.definition
-    if definition is None or definition.cold or request.get("mode") != "program":
+    mode = "program" if definition and definition.program else "client"
+    if definition is None or definition.cold or request.get("mode") != mode:
         return None
     # What a service manager gives a run of its own, and a place in the caller's cgroup, the long way alone can give.
     if request.get("adopt") or set(given) - {"session", "hold", "mount", "dir"}:
@@ -48,7 +49,7 @@ async def launch(
         marks.append(("pocketd has a slot", time.monotonic()))
         if await _tried(generation, session, generation.slots.assign(slot, session.id, session.note, given, marks)):
             return _started(generation, session, "slot")
-    if not definition.checkpoint:
+    if not definition.checkpoint or not definition.program:
         return None
     holder = generation.held.ready_for(daemon, definition)
     if holder is None or not _at_home(plan, holder):
@@ -75,7 +76,7 @@ def _session(
         "pocket": plan.name,
         "uid": plan.uid,
         "leaf": leaf.kernel_path,
-        "mode": "program",
+        "mode": "program" if plan.definition and plan.definition.program else "client",
         "network": plan.network,
         "directory": str(plan.definition.dir) if plan.definition else "",
         "caller": peer.uid,
@@ -108,7 +109,7 @@ def _started(generation: Generation, session: Session, way: str) -> Session:
         pocket=session.pocket,
         session=session.id,
         pid=session.pid,
-        mode="program",
+        mode=session.note["mode"],
         way=way,
     )
     return session

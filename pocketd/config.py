@@ -269,9 +269,8 @@ class _Loading:
 
     def check_held(self, pocket: Pocket, reader: Reader, service: Service) -> None:
         """What is done ahead of time must have something that it is done for."""
-        for key in ("checkpoint", "warm"):
-            if getattr(pocket, key) and pocket.program is None:
-                reader.fail(key, "is of no use without a program; name one, or leave it out")
+        if pocket.checkpoint and pocket.program is None:
+            reader.fail("checkpoint", "is of no use without a program; name one, or leave it out")
         if pocket.checkpoint and service.runtime == "exec":
             reader.fail("checkpoint", 'is of no use in a service with runtime = "exec", whose programs start afresh')
         if pocket.checkpoint and pocket.cold:

@@ -20,7 +20,7 @@ async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progre
     service, definition = await daemon.resolve(name, peer)
     if definition is None:
         raise Error("bad-request", f"{name} is a service, which is warm while it is on: pocket {name} on")
-    if not definition.program or not (definition.checkpoint or definition.warm):
+    if not (definition.checkpoint or definition.warm):
         raise Error(
             "hold",
             f'{name} has neither a checkpoint nor slots; its definition may have checkpoint = "main", to be held '
@@ -68,7 +68,7 @@ def facts(said: Message) -> Message:
 def begin(daemon: Daemon, generation: Generation) -> None:
     """A service is on: what its pockets' definitions want to be ready is made, beside."""
     for definition in daemon.config.pockets.values():
-        if definition.warm and definition.program and _service(daemon, definition) == generation.name:
+        if definition.warm and _service(daemon, definition) == generation.name:
             generation.keep(generation.slots.fill(daemon, definition))
 
 

@@ -1,8 +1,8 @@
 """How many threads a worker's libraries compute with: as many as its pocket's limits allow processors, not the host's.
 
-Ten pockets of half a processor each, with pools for a host of 64, spend their time waiting for each other's turns. Pools
-that a template has already are told by the library's own function; TensorFlow's, which is made when it is first used, by
-its configuration, which a program can still change.
+Ten pockets of half a processor each, with pools for a host of 64, spend their time waiting for each other's turns.
+Pools that a template has already are told by the library's own function; TensorFlow's, which is made when it is first
+used, by its configuration, which a program can still change.
 """
 
 from __future__ import annotations

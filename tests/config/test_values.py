@@ -140,7 +140,6 @@ def test_what_is_done_ahead_of_time(load):
     ("keys", "words"),
     [
         ('checkpoint = "main"', "checkpoint.*without a program"),
-        ("warm = 1", "warm.*without a program"),
         ('program = "p.py"\nrehearse = []', "rehearse.*without a checkpoint"),
         ('program = "p.py"\nmax_age = 3', "max_age.*without a checkpoint"),
         ('program = "p.py"\ncheckpoint = "main"\ncold = true', "contradicts cold"),
