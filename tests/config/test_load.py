@@ -185,7 +185,7 @@ def test_all_problems_show_at_once_with_file_key_and_value(load, conf):
     )
     lines = told(found).splitlines()
     for key, right in {
-        'colour = "red"': "keys here are admission, defaults, pocket, service",
+        'colour = "red"': "keys here are admission, defaults, held, pocket, service",
         'service.one.runtime = "tensorfow"': 'did you mean "tensorflow"?',
         'service.one.satrt = "boot"': "did you mean 'start'?",
         "service.two.runtime": "is missing",
