@@ -20,34 +20,44 @@ class Carried:
     cannot be seen, and is each caller's."""
 
     def __init__(self) -> None:
-        self._before = _state()
+        self._before = state()
         self._set: Dict[str, Any] = {}
 
     def end(self) -> None:
-        self._set = {key: value for key, value in _state().items() if value != self._before[key]}
+        self._set = differing(state(), self._before)
 
     def put_back(self) -> None:
-        """In a child that has its caller's environment, directory, limits."""
-        for key, value in self._set.items():
-            with suppress(OSError, ValueError, locale.Error):  # a limit may be below it by now
-                if key == "umask":
-                    os.umask(value)
-                elif key == "blocked":
-                    signal.pthread_sigmask(signal.SIG_BLOCK, value)
-                elif key == "directory":
-                    os.chdir(value)
-                elif key == "zone":
-                    time.tzset()
-                elif key in _CATEGORIES:
-                    locale.setlocale(getattr(locale, key), value)
-                else:
-                    resource.setrlimit(getattr(resource, key), value)
+        """In a child that has its caller's environment, directory, limits, blocked signals."""
+        if "blocked" in self._set:
+            self._set["blocked"] |= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        put(self._set)
 
 
-def _state() -> Dict[str, Any]:
+def differing(there: Dict[str, Any], known: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in there.items() if value != known[key]}
+
+
+def put(values: Dict[str, Any]) -> None:
+    for key, value in values.items():
+        with suppress(OSError, ValueError, locale.Error):  # a limit may be below it by now
+            if key == "umask":
+                os.umask(value)
+            elif key == "blocked":
+                signal.pthread_sigmask(signal.SIG_SETMASK, value)
+            elif key == "directory":
+                os.chdir(value)
+            elif key == "zone":
+                time.tzset()
+            elif key in _CATEGORIES:
+                locale.setlocale(getattr(locale, key), value)
+            else:
+                resource.setrlimit(getattr(resource, key), value)
+
+
+def state() -> Dict[str, Any]:
     return {
         "umask": current_umask(),
-        "blocked": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "blocked": set(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "directory": os.readlink("/proc/self/cwd"),
         "zone": time.tzname,
         **{name: locale.setlocale(getattr(locale, name)) for name in _CATEGORIES},

@@ -121,6 +121,8 @@ class Held:
         self.carried = carried.Carried()
         self.recorder.begin()
         self.seeds.begin()
+        self.exits = rehearsal.Exits(self.recorder.tops)
+        self.exits.begin()
         return self.compiled.code
 
     def take_streams(self) -> None:
@@ -175,6 +177,7 @@ class Held:
         if self.recorder.refused:  # and the program caught what was raised
             self.fail(self.recorder.refused)
         setattr(builtins, checkpoint.NAME, nothing)
+        self.exits.end()
         try:
             self.look()
             sample = self.orders["hold"]["rehearse"]
@@ -357,11 +360,11 @@ class Held:
         return lambda: function(*given, **named)
 
     def run_here(self, sample: List[str], again: Callable[[], object], until: Optional[str]) -> None:
-        ends, exits = rehearsal.Until(until), rehearsal.Exits(self.recorder.tops)
+        ends = rehearsal.Until(until)
         out, err = rehearsal.capture()
         self.play(sample, out, err)
-        self.rehearsing = True
-        exits.begin()
+        self.rehearsing = self.exits.dropping = True
+        self.exits.begin()
         try:
             ends.begin()
             again()
@@ -371,8 +374,8 @@ class Held:
             raise rehearsal.Failed(f"it ended by {type(e).__name__}: {e}") from None
         finally:
             ends.end()
-            exits.end()
-            self.rehearsing = False
+            self.exits.end()
+            self.rehearsing = self.exits.dropping = False
             interpreter.flush_quietly()
         rehearsal.settle_threads()
         for fd in (out, err):

@@ -17,10 +17,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
+import weakref
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from nsutil import clone
-from runtime import recorded, seeds
+from runtime import carried, recorded, seeds
 
 TIMEOUT = 60.0  # seconds for a run of the sample
 _PRINTED = 1 << 20  # bytes of output that are compared
@@ -78,12 +80,14 @@ class Snapshot:
     def __init__(self, tops: Tuple[str, ...]):
         self.tops = tops
         self.names = {name: dict(vars(module)) for name, module in self._own()}
+        self.warned = {name: dict(names.get("__warningregistry__", ())) for name, names in self.names.items()}
+        self.filters = list(warnings.filters)
+        self.collecting = gc.isenabled()
+        self.finalizers = dict(_finalizers())
         self.modules = set(sys.modules)
         self.environment = dict(os.environb)
         self.path = list(sys.path)
-        self.directory = os.getcwd()
-        self.mask = os.umask(0)
-        os.umask(self.mask)
+        self.process = carried.state()
         self.handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
         self.sys = {name: getattr(sys, name, None) for name in _SYS}
         self.limit = sys.getrecursionlimit()
@@ -104,14 +108,21 @@ class Snapshot:
                 for key in [key for key in there if key not in had]:
                     del there[key]
                 there.update(had)
+                if "__warningregistry__" in had:
+                    had["__warningregistry__"].clear()
+                    had["__warningregistry__"].update(self.warned[name])
         for variable in [variable for variable in os.environb if variable not in self.environment]:
             del os.environb[variable]
         for variable, text in self.environment.items():
             if os.environb.get(variable) != text:
                 os.environb[variable] = text
         sys.path[:] = self.path
-        os.chdir(self.directory)
-        os.umask(self.mask)
+        carried.put(carried.differing(self.process, carried.state()))
+        warnings.filters[:] = self.filters  # type: ignore[index]
+        warnings._filters_mutated()  # type: ignore[attr-defined]
+        for finalizer in [f for f in _finalizers() if f not in self.finalizers]:
+            finalizer.detach()
+        (gc.enable if self.collecting else gc.disable)()
         for number, handler in self.handlers.items():
             if handler is not None and signal.getsignal(number) is not handler and number not in _FIXED:
                 signal.signal(number, handler)
@@ -120,6 +131,10 @@ class Snapshot:
         sys.setrecursionlimit(self.limit)
         gc.collect()
         put_back(self.random)
+
+
+def _finalizers() -> Any:
+    return weakref.finalize._registry  # type: ignore[attr-defined]
 
 
 _SYS = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
@@ -309,11 +324,15 @@ def _over(*_: object) -> None:
 
 
 class Exits:
-    """What the pocket's own code registers by atexit during a rehearsal, each run registers again: it is dropped."""
+    """What the pocket's own code registers by atexit during a rehearsal, each run registers again: it is dropped.
+
+    It is there from `begin`, before the program may keep the function by another name, to `end`.
+    """
 
     def __init__(self, tops: Tuple[str, ...]):
         self._tops = tops
         self._plain: Any = atexit.register
+        self.dropping = False
 
     def begin(self) -> None:
         atexit.register = self._register  # type: ignore[assignment]
@@ -322,7 +341,7 @@ class Exits:
         atexit.register = self._plain
 
     def _register(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_code.co_filename.startswith(self._tops):
+        if self.dropping and sys._getframe(1).f_code.co_filename.startswith(self._tops):
             return function
         return self._plain(function, *args, **kwargs)
 

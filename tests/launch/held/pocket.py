@@ -86,7 +86,7 @@ class Pocket(Both):
 
     @property
     def cgroup(self) -> Path:
-        return self.pocketd.cgroup_path / f"{self.service}.scope/service/pockets" / self.name
+        return self.pocketd.cgroup_path / f"pocketd-{self.service}.scope/service/pockets" / self.name
 
     def processes(self) -> list[int]:
         return [int(pid) for path in self.cgroup.rglob("cgroup.procs") for pid in path.read_text().split()]

@@ -1,0 +1,318 @@
+"""A rehearsal warms what follows the checkpoint and leaves no trace; where it leaves one, the pocket is held without."""
+
+# ruff: noqa: E501
+# ruff: noqa: E501
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+
+import pytest
+
+from tests.conftest import wait_for
+from tests.launch.both import Ended, finish, read_line
+from tests.launch.held.pocket import popen
+
+WARMS = """
+import sys
+import functools
+@functools.lru_cache
+def slow(x):
+    return x * 2
+
+def main():
+    print(slow(21), sys.argv[1:], slow.cache_info().hits)
+
+main()
+"""
+
+
+def test_what_follows_is_warm(hold):
+    """A cache of the program's own is seen in its output: it must not be. One that is not seen stays warm."""
+    source = WARMS.replace(", slow.cache_info().hits", "").replace(
+        "    return x * 2", "    import colorsys\n    return x * 2"
+    )
+    pocket = hold(source + "sys.stderr.write(f'{\"colorsys\" in sys.modules}\\n')\n", "main()", rehearse=["s"])
+    assert pocket.warm()["rehearsed"] is True
+    assert pocket.row()["held"] == "rehearsed"
+    pocket.same("a", "b")
+
+
+CLEAN = {
+    "names": "x = 1\nhere = None\nx += 1\ny = x\nprint(x)\n",
+    "names deleted": "x = 1\nhere = None\nprint(x)\ndel x\n",
+    "a function": "x = 1\ndef main():\n    global x\n    x += 1\n    print(x, sys.argv)\nmain()\n",
+    "a function with arguments": "def main(a, *b, c=3, **d):\n    a += 1\n    print(a, b, c, d)\nmain(1, 2, 3, c=4, e=5)\n",
+    "the working directory": "import os\nhere = None\nprint(os.getcwd())\nos.chdir('/usr')\n",
+    "the environment": "import os\nhere = None\nprint(os.environ.get('A'), os.environ.get('B'))\nos.environ['A'] = 'x'\nos.environ.pop('B', 0)\n",
+    "the umask": "import os\nhere = None\nprint(oct(os.umask(0o77)))\n",
+    "the search path": "here = None\nprint(len(sys.path), 'x' in sys.path)\nsys.path.insert(0, 'x')\n",
+    "signal handlers": "import signal\nhere = None\nprint(signal.getsignal(signal.SIGUSR1))\nsignal.signal(signal.SIGUSR1, print)\n",
+    "ignored signals": "import signal\nhere = None\nprint(signal.getsignal(signal.SIGTERM))\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
+    "blocked signals": "import signal\nhere = None\nprint(signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]))\n",
+    "a limit": "import resource\nhere = None\nprint(resource.getrlimit(resource.RLIMIT_CORE))\nresource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))\n",
+    "warnings": "import warnings\nhere = None\nwarnings.warn('x')\nwarnings.simplefilter('ignore')\n",
+    "once-only warnings": "import warnings\ndef f(): warnings.warn('old', DeprecationWarning)\nhere = None\nf()\nf()\n",
+    "its own module": "here = None\nimport mine\nmine.x += 1\nprint(mine.x)\n",
+    "its own module, imported before": "import mine\nhere = None\nmine.x += 1\nprint(mine.x)\n",
+    "its own package": "here = None\nimport pack.part\nprint(pack.part.x)\npack.part.x = 9\n",
+    "functions at its end": "import atexit\nhere = None\natexit.register(print, 'end')\n",
+    "functions at its end, decorated": "import atexit\nhere = None\n@atexit.register\ndef f(): print('end')\n",
+    "functions at its end by a name": "from atexit import register\nhere = None\nregister(print, 'end')\n",
+    "functions at its end by weakref": "import weakref\nclass A: pass\na = A()\nhere = None\nweakref.finalize(a, print, 'end')\n",
+    "logging": "import logging\nhere = None\nlogging.basicConfig(stream=sys.stdout)\nlogging.warning('x')\n",
+    "standard streams": "here = None\nprint(sys.stdout.line_buffering)\nsys.stdout.reconfigure(line_buffering=True)\n",
+    "a closed stream": "here = None\nprint('x')\nsys.stdout.close()\n",
+    "replaced streams": "import io\nhere = None\nprint('x')\nsys.stdout = io.StringIO()\nprint('y')\n",
+    "excepthook": "here = None\nprint(sys.excepthook is sys.__excepthook__)\nsys.excepthook = print\n",
+    "recursion": "here = None\nprint(sys.getrecursionlimit())\nsys.setrecursionlimit(5000)\n",
+    "a pool that stays": "from concurrent.futures import ThreadPoolExecutor\nhere = None\np = ThreadPoolExecutor(2)\nprint(list(p.map(abs, [-1])))\n",
+    "a daemon thread": "import threading, time\nhere = None\nt = threading.Thread(target=time.sleep, args=(600,), daemon=True)\nt.start()\nprint(threading.active_count())\n",
+    "an exit": "here = None\nprint('x')\nsys.exit()\n",
+    "collection": "import gc\nhere = None\nprint(gc.isenabled())\ngc.disable()\n",
+    "a generator": "def f():\n    yield 1\n    yield 2\ng = f()\nnext(g)\nhere = None\nprint(list(g))\n",
+    "an open file": "f = open(__file__)\nf.readline()\nhere = None\nprint(f.readline())\n",
+    "annotations": "x: int = 1\nhere = None\ny: str = 'a'\nprint(__annotations__)\n",
+    "a decimal context": "import decimal\nhere = None\nprint(decimal.getcontext().prec)\ndecimal.getcontext().prec = 5\n",
+    "the locale": "import locale\nhere = None\nprint(locale.setlocale(locale.LC_TIME))\nlocale.setlocale(locale.LC_TIME, 'C.UTF-8')\n",
+    "a time zone": "import os, time\nhere = None\nprint(time.tzname)\nos.environ['TZ'] = 'Asia/Tokyo'\ntime.tzset()\n",
+    "a list": "seen = []\nhere = None\nseen.append(1)\nprint(seen)\n",
+    "a module's attribute": "import string\nhere = None\nprint(getattr(string, 'mine', 0))\nstring.mine = 1\n",
+    "a builtin": "import builtins\nhere = None\nprint(hasattr(builtins, 'mine'))\nbuiltins.mine = 1\n",
+}  # fmt: skip
+# What a rehearsal leaves behind, so that these are held without one: none may print anything else than under Python.
+TRACES = {
+    "a list",
+    "a module's attribute",
+    "a builtin",
+    "a generator",
+    "a closed stream",
+    "an open file",
+    "a daemon thread",
+    "a decimal context",
+}
+
+
+@pytest.mark.parametrize("what", CLEAN)
+def test_it_leaves_no_trace(hold, what):
+    """Rehearsed or not, a run is as under plain Python."""
+    source = "import sys\n" + CLEAN[what]
+    pocket = hold(source, "here =" if "here =" in source else "main", rehearse=["s"], allow={"write": ["out"]})
+    pocket.write("mine.py", "x = 0\n")
+    pocket.write("pack/part.py", "x = 0\n")
+    pocket.write("pack/__init__.py", "")
+    facts = pocket.warm()
+    for _ in range(2):
+        pocket.same("a")
+    if facts["rehearsed"] is (what in TRACES):
+        pytest.fail(f"rehearsed: {facts['rehearsed']}: {facts['not_rehearsed']}")
+
+
+def test_a_trace_is_shown(hold):
+    pocket = hold(
+        "import sys\nseen = []\ndef main():\n    seen.append(sys.argv[1])\n    print(len(seen), seen)\nmain()\n",
+        "main",
+        rehearse=["s.jpg"],
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False
+    assert (
+        "its standard output is not the same: \"2 ['s.jpg', 's.jpg']\" instead of \"1 ['s.jpg']\""
+        in facts["not_rehearsed"]
+    )
+    row = pocket.row()
+    assert row["held"] == "held" and row["why_not_rehearsed"] == facts["not_rehearsed"]
+    assert "2 ['s.jpg', 's.jpg']" in pocket.pocketd.pocket("ps").stdout
+    assert pocket.same("a").out == b"1 ['a']\n"
+
+
+FAILS = {
+    "a status": ("sys.exit(3)", "the sample ended with status 3"),
+    "an error": ("{}['k']", "KeyError: 'k'"),
+    "a signal": ("import os; os.kill(os.getpid(), 9)", "status -9"),
+    "a socket left": ("import socket; s = socket.socket(); keep.append(s)", "socket"),
+    "a child left": ("import subprocess; subprocess.Popen(['sleep', '600'])", "child processes"),
+    "its arguments missing": ("print(sys.argv[2])", "IndexError"),
+    "other output each time": ("import os; print(os.getpid())", "its standard output is not the same"),
+}
+
+
+@pytest.mark.parametrize("what", FAILS)
+def test_a_rehearsal_that_fails_is_told_and_the_pocket_held_without(hold, what):
+    source, words = FAILS[what]
+    pocket = hold(
+        f"import sys\nkeep = []\nhere = None\nif sys.argv[1] == 's':\n    {source}\nprint('on', sys.argv)\n",
+        "here =",
+        rehearse=["s"],
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and words in facts["not_rehearsed"]
+    assert pocket.same("a").out.startswith(b"on")
+
+
+# -- files
+
+
+@pytest.mark.parametrize("base", ["{place}", "/pocket"])
+def test_what_it_writes_is_thrown_away(hold, base):
+    pocket = hold(
+        f"""
+        import os, sys
+        base = {base!r}
+        here = None
+        print(sorted(os.listdir(base + "/out")), open(base + "/out/there").read())
+        with open(base + "/out/" + sys.argv[1], "w") as f: f.write("new")
+        with open(base + "/out/there", "a") as f: f.write("+")
+        os.rename(base + "/out/" + sys.argv[1], base + "/out/" + sys.argv[1] + ".done")
+        os.makedirs(base + "/out/deep/er", exist_ok=True)
+        os.remove(base + "/out/old") if os.path.exists(base + "/out/old") else print("no old")
+        """,
+        "here =",
+        rehearse=["sample"],
+        allow={"write": ["out"]},
+    )
+    if base != "/pocket":
+        pocket.write("app.py", (pocket.place / "app.py").read_text().replace("{place}", str(pocket.place)))
+    out = pocket.place / "out"
+    out.mkdir(exist_ok=True)
+    (out / "there").write_text("was")
+    (out / "old").write_text("old")
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(out.rglob("*"))}
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(out.rglob("*"))} == before
+    first = pocket.from_held("real")
+    assert first == Ended(0, b"['old', 'there'] was\n", b"")
+    assert sorted(os.listdir(out)) == ["deep", "real.done", "there"]
+    assert (out / "there").read_text() == "was+" and (out / "real.done").read_text() == "new"
+    assert pocket.from_held("again").out == b"['deep', 'real.done', 'there'] was+\nno old\n"
+
+
+def test_files_that_differ_are_told(hold):
+    pocket = hold(
+        "import sys\nseen = []\nhere = None\nseen.append(1)\nopen('/pocket/out/count', 'w').write(str(len(seen)))\n",
+        "here =", rehearse=["s"], allow={"write": ["out"]},
+    )  # fmt: skip
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "does not write the same to" in facts["not_rehearsed"]
+    assert not (pocket.place / "out/count").exists()
+
+
+def test_what_it_leaves_in_tmp_is_removed(hold):
+    pocket = hold(
+        "import os\nhere = None\nprint(os.listdir('/tmp'), os.listdir('/dev/shm'))\nopen('/tmp/x', 'w')\nos.makedirs('/tmp/a/b')\nopen('/dev/shm/y', 'w')\n",
+        "here =",
+        rehearse=[],
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.from_held().out == b"[] []\n"
+
+
+# -- its end
+
+LOOP = """
+import signal, sys, time
+import pocketd
+def main():
+    n = 0
+    while True:
+        n += 1
+        print("turn", n, sys.argv[1:], flush=True)
+        pocketd.rehearsed()
+        if "once" in sys.argv: break
+        time.sleep(0.01)
+main()
+"""
+
+
+@pytest.mark.parametrize("until", ["output", "rehearsed", 0.3])
+def test_a_loop_is_rehearsed_until(hold, until):
+    pocket = hold(LOOP, "main()", rehearse=["s"], rehearse_until=until)
+    facts = pocket.warm()
+    if until != 0.3:  # how many turns that are is another number each time
+        assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.same("once").out == b"turn 1 ['once']\n"
+    run = popen(pocket, "on")
+    for n in range(1, 9):
+        assert read_line(run.stdout.fileno()) == b"turn %d ['on']\n" % n
+    run.send_signal(signal.SIGTERM)
+    assert finish(run).status == -signal.SIGTERM
+
+
+def test_some_seconds_of_a_silent_loop(hold):
+    pocket = hold(
+        "import sys, time\ndef main():\n    while len(sys.argv) == 1: time.sleep(0.01)\n    print('end')\nmain()\n",
+        "main()",
+        rehearse=[],
+        rehearse_until=0.3,
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("x")
+
+
+def test_it_does_not_see_the_caller(hold):
+    """A sample has its own arguments and nothing to read; no run sees anything of it."""
+    pocket = hold(
+        "import sys\nhere = None\nprint(sys.argv[1:], repr(sys.stdin.read()))\n", "here =", rehearse=["sample", "x"]
+    )
+    assert pocket.warm()["rehearsed"] is True
+    pocket.same("mine", input=b"text")
+
+
+def test_a_pocket_with_a_network_is_not_rehearsed(hold):
+    pocket = hold("here = None\nprint(1)\n", "here =", rehearse=[], allow={"network": "host"})
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "a network" in facts["not_rehearsed"]
+    pocket.same()
+
+
+def test_nothing_of_it_reaches_the_log_or_a_caller(hold):
+    pocket = hold(
+        "import sys\nprint('before')\nhere = None\nprint('SAMPLE', *sys.argv[1:])\n", "here =", rehearse=["secret"]
+    )
+    assert pocket.warm()["rehearsed"] is True
+    assert pocket.same("x").out == b"before\nSAMPLE x\n"
+
+
+def test_statements_of_every_kind_after_the_checkpoint(hold):
+    pocket = hold(
+        textwrap.dedent(
+            """
+            "A docstring."
+            from __future__ import annotations
+            import sys
+            here = None
+            "not a docstring"
+            class A:
+                x: int = 1
+                def f(self) -> A: return __class__
+            async def g(): return 1
+            for n in range(2): print(n)
+            else: print("else")
+            with open(__file__) as f: print(f.readline())
+            try: 1 / 0
+            except ZeroDivisionError as e: print(e)
+            finally: print("finally")
+            print(A().f(), __doc__, [n for n in range(3)], A.__annotations__)
+            if (y := 3): print(y)
+            """
+        ),
+        "here =",
+        rehearse=[],
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same()
+
+
+def test_it_is_made_anew_and_rehearsed_when_the_sample_changes(hold):
+    pocket = hold("import sys\nhere = None\nprint(open('/pocket/' + sys.argv[1]).read())\n", "here =", rehearse=["s"])
+    pocket.write("s", "one")
+    pocket.warm()
+    pocket.write("s", "two")
+    assert pocket.pocket("s").out == b"two\n"
+    assert wait_for(lambda: pocket.row()["held"] == "rehearsed")
+    assert pocket.from_held("s").out == b"two\n"
