@@ -7,6 +7,8 @@ start, which waits on the session's socket, is untouched then.
 from __future__ import annotations
 
 import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nsutil import processes
@@ -18,98 +20,103 @@ from pocketd.wire import Error, Message
 if TYPE_CHECKING:
     from cgroup.node import Cgroup
     from pocketd.daemon import Daemon
-    from pocketd.held import Holder
-    from pocketd.slots import Slot
+    from pocketd.definitions import Pocket
 
 # A run's template or slot could not serve it, and another way may.
 _ANOTHER_WAY = ("held", "no-template")
 
 
-async def launch(
-    daemon: Daemon,
-    generation: Generation,
-    plan: Plan,
-    peer: processes.Peer,
-    request: Message,
-    given: dict[str, Any],
-    marks: orders.Marks,
-) -> Session | None:
-    """A session whose worker is there sooner, or None. Raises Error for what is wrong with the launch itself."""
-    definition = plan.definition
-    mode = "program" if definition and definition.program else "client"
-    if definition is None or definition.cold or request.get("mode") != mode:
-        return None
-    # What a service manager gives a run of its own, and a place in the caller's cgroup, the long way alone can give.
-    if request.get("adopt") or set(given) - {"session", "hold", "mount", "dir"}:
-        return None
-    slot = generation.slots.take(daemon, definition, plan.home)
-    if slot:
-        session = _session(generation, plan, peer, str(request["session"]), slot.leaf, slot.held)
+@dataclass
+class Launching:
+    """One launch, as far as it can come from what was made ahead of time."""
+
+    daemon: Daemon
+    generation: Generation
+    plan: Plan
+    peer: processes.Peer
+    request: Message
+    given: dict[str, Any]  # the caller's descriptors by their roles
+    marks: orders.Marks
+
+    @property
+    def definition(self) -> Pocket | None:
+        """The pocket's, where such a launch can be what was asked for."""
+        definition = self.plan.definition
+        mode = "program" if definition and definition.program else "client"
+        if definition is None or definition.cold or self.request.get("mode") != mode:
+            return None
+        # What a service manager gives a run of its own, and a place in the caller's cgroup, only the long way gives.
+        if self.request.get("adopt") or set(self.given) - {"session", "hold", "mount", "dir"}:
+            return None
+        return definition
+
+    async def from_slot(self) -> Session | None:
+        """A session whose worker waits already, or None. Raises Error for what is wrong with the launch itself."""
+        definition, slots = self.definition, self.generation.slots
+        slot = slots.take(self.daemon, definition, self.plan.home) if definition else None
+        if slot is None:
+            return None
+        session = self._session(slot.leaf, slot.held)
         session.pid = slot.pid
-        marks.append(("pocketd has a slot", time.monotonic()))
-        if await _tried(generation, session, generation.slots.assign(slot, session.id, session.note, given, marks)):
-            return _started(generation, session, "slot")
-    if not definition.checkpoint or not definition.program:
+        self.marks.append(("pocketd has a slot", time.monotonic()))
+        if await self._tried(session, slots.assign(slot, session.id, session.note, self.given, self.marks)):
+            return self._started(session, "slot")
         return None
-    holder = generation.held.ready_for(daemon, definition)
-    if holder is None or not _at_home(plan, holder):
+
+    async def from_template(self) -> Session | None:
+        """A session whose worker the pocket's own template makes, or None. Raises Error likewise."""
+        definition, held = self.definition, self.generation.held
+        if not definition or not definition.checkpoint or not definition.program:
+            return None
+        holder = held.ready_for(self.daemon, definition)
+        at_home = holder and (self.plan.home in ("", *holder.homes) or orders.beneath(self.plan.home, definition))
+        if holder is None or not at_home:
+            return None
+        session = self._session(holder.leaf(str(self.request["session"])), holder.number)
+        self.marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
+        if await self._tried(session, held.introduce(holder, session, self.given, self.marks)):
+            return self._started(session, "held")
         return None
-    session = _session(
-        generation, plan, peer, str(request["session"]), holder.leaf(str(request["session"])), holder.number
-    )
-    marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
-    if await _tried(generation, session, generation.held.introduce(holder, session, given, marks)):
-        return _started(generation, session, "held")
-    return None
 
+    def _session(self, leaf: Cgroup, held: int | None) -> Session:
+        plan, identity = self.plan, str(self.request["session"])
+        note = {
+            "pocket": plan.name,
+            "uid": plan.uid,
+            "leaf": leaf.kernel_path,
+            "mode": self.request["mode"],
+            "network": plan.network,
+            "directory": str(plan.definition.dir) if plan.definition else "",
+            "caller": self.peer.uid,
+            "held": held,
+        }
+        session = self.generation.sessions[identity] = Session(identity, plan.name, note, leaf, 0, time.time())
+        return session
 
-def _at_home(plan: Plan, holder: Holder | Slot) -> bool:
-    """Whether the caller's home is one of those that were made."""
-    assert plan.definition
-    return not plan.home or plan.home in holder.homes or orders.beneath(plan.home, plan.definition)
-
-
-def _session(
-    generation: Generation, plan: Plan, peer: processes.Peer, identity: str, leaf: Cgroup, held: int | None
-) -> Session:
-    note = {
-        "pocket": plan.name,
-        "uid": plan.uid,
-        "leaf": leaf.kernel_path,
-        "mode": "program" if plan.definition and plan.definition.program else "client",
-        "network": plan.network,
-        "directory": str(plan.definition.dir) if plan.definition else "",
-        "caller": peer.uid,
-        "held": held,
-    }
-    session = generation.sessions[identity] = Session(identity, plan.name, note, leaf, 0, time.time())
-    return session
-
-
-async def _tried(generation: Generation, session: Session, launching: Any) -> bool:
-    try:
-        await launching
-    except Error as e:
-        await generation.drop_session(session)
-        if e.code not in _ANOTHER_WAY:
+    async def _tried(self, session: Session, launching: Coroutine[Any, Any, None]) -> bool:
+        generation = self.generation
+        try:
+            await launching
+        except Error as e:
+            await generation.drop_session(session)
+            if e.code not in _ANOTHER_WAY:
+                raise
+            events.emit("launch-not-held", service=generation.name, pocket=session.pocket, why=e.message)
+            return False
+        except BaseException:
+            await generation.drop_session(session)
             raise
-        events.emit("launch-not-held", service=generation.name, pocket=session.pocket, why=e.message)
-        return False
-    except BaseException:
-        await generation.drop_session(session)
-        raise
-    return True
+        return True
 
-
-def _started(generation: Generation, session: Session, way: str) -> Session:
-    session.started = time.time()
-    events.emit(
-        "session-started",
-        service=generation.name,
-        pocket=session.pocket,
-        session=session.id,
-        pid=session.pid,
-        mode=session.note["mode"],
-        way=way,
-    )
-    return session
+    def _started(self, session: Session, way: str) -> Session:
+        session.started = time.time()
+        events.emit(
+            "session-started",
+            service=self.generation.name,
+            pocket=session.pocket,
+            session=session.id,
+            pid=session.pid,
+            mode=session.note["mode"],
+            way=way,
+        )
+        return session

@@ -52,13 +52,17 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         stack.enter_context(generation.busy())
         await daemon.turns.take(peer.uid)
         stack.callback(daemon.turns.give, peer.uid)
-        limits = definition.limits if definition else daemon.config.run_limits
-        asking = definition.name if definition else "an ad hoc run"
-        await daemon.admission.admit(asking, limits, progress, given["hold"])
         plan = make_plan(daemon, generation, peer, definition, identity)
-        daemon.claimed.add(plan.uid)  # until its session is there, or is not
-        stack.callback(daemon.claimed.discard, plan.uid)
-        ready = await ahead.launch(daemon, generation, plan, peer, request, given, marks)
+        launching = ahead.Launching(daemon, generation, plan, peer, request, given, marks)
+        ready = await launching.from_slot()
+        if ready is None:
+            asking = definition.name if definition else "an ad hoc run"
+            await daemon.admission.admit(asking, plan.limits, progress, given["hold"])
+            if definition is None:  # which ids are free may have changed while it waited
+                launching.plan = plan = make_plan(daemon, generation, peer, definition, identity)
+            daemon.claimed.add(plan.uid)  # until its session is there, or is not
+            stack.callback(daemon.claimed.discard, plan.uid)
+            ready = await launching.from_template()
         if ready:
             return _reply(generation, ready)
         # An id of the range owns nothing on disk: its pocket's owner's files are shown as its own.

@@ -117,8 +117,7 @@ def environment(start: Message) -> Dict[bytes, bytes]:
 def adopt(start: Message, streams: Optional[Callable[[], object]] = None) -> None:
     """Take over the caller's environment, directory, umask, limits, signals, locale, time zone, and standard streams,
     which `streams` makes."""
-    os.environ.clear()
-    os.environb.update(environment(start))
+    set_environment(environment(start))
     os.umask(wire.field(start, "umask", int, 0o022) & 0o777)
     change_directory(start)
     for name, soft in wire.field(start, "limits", dict, {}).items():
@@ -127,6 +126,24 @@ def adopt(start: Message, streams: Optional[Callable[[], object]] = None) -> Non
     set_locale()
     time.tzset()
     (streams or set_streams)()
+
+
+_held_environment: Any = None  # what the C library's environ points to
+
+
+def set_environment(pairs: Dict[bytes, bytes]) -> None:
+    """Make these the environment, for Python and for C, at once: putenv(3) for each of them costs more than all else
+    that a run takes over. environ(7): a program may assign it; setenv(3) copies the array before it changes it."""
+    global _held_environment
+    data: Dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]  # shared by os.environb
+    data.clear()
+    data.update(pairs)
+    strings = [name + b"=" + value + b"\0" for name, value in pairs.items()]
+    text = ctypes.create_string_buffer(b"".join(strings))
+    places = itertools.accumulate(map(len, strings[:-1]), initial=ctypes.addressof(text))
+    array = (ctypes.c_void_p * (len(strings) + 1))(*(places if strings else ()))  # and a null pointer
+    ctypes.c_void_p.in_dll(libc, "environ").value = ctypes.addressof(array)
+    _held_environment = array, text
 
 
 def touch(streams: Callable[[], object]) -> None:
