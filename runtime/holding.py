@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Optional
 
 from nsutil import clone, messages, mounts, namespaces
@@ -251,9 +252,10 @@ class Holding:
             self.over(s)
 
     def kill_leaf(self, s: Session) -> None:
-        fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=s.leaf)
-        os.write(fd, b"1")
-        os.close(fd)
+        with suppress(OSError):  # pocketd has removed it, since it was empty
+            fd = os.open("cgroup.kill", os.O_WRONLY | os.O_CLOEXEC, dir_fd=s.leaf)
+            os.write(fd, b"1")
+            os.close(fd)
         if not populated(s):
             self.leaf_changed(s)
 

@@ -154,7 +154,8 @@ def states() -> Dict[str, Any]:
         rng = getattr(context, "_rng", None)
         found["tensorflow"] = (context._seed, rng.getstate() if rng else None)
     found["own"] = [(g, g._bit_generator.state) for g in seeds.generators()]
-    found["own random"] = [(g, g.getstate()) for g in gc.get_objects() if type(g) is random.Random]
+    found["own random"] = [(g, g.getstate()) for g in seeds.own_randoms()]
+    found["keras"] = [(g, g.state.numpy()) for g in seeds.layers()]
     return found
 
 
@@ -168,6 +169,8 @@ def put_back(found: Dict[str, Any]) -> None:
         g._bit_generator.state = state
     for g, state in found["own random"]:
         g.setstate(state)
+    for g, state in found["keras"]:
+        g.state.assign(state)
     context = _context()
     if context is not None and "tensorflow" in found:
         seed, state = found["tensorflow"]

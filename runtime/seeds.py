@@ -73,7 +73,7 @@ class Seeds:
                 self.unsure.append(f"{type(g).__name__} of numpy, seeded with a number of {entropy.bit_length()} bits")
         keras = sys.modules.get(_KERAS)
         if keras and not self.kept & {"random", "keras"}:
-            self._layers = [g for g in _of_type(keras.SeedGenerator) if _number(g) in self._defaults]
+            self._layers = [g for g in layers() if _number(g) in self._defaults]
 
     def renew(self) -> None:
         for generator in list(self._unseeded):
@@ -159,8 +159,15 @@ def _number(generator: Any) -> Optional[int]:
     return found if isinstance(found, int) else None
 
 
-def _of_type(kind: Any) -> List[Any]:
-    return [o for o in gc.get_objects() if type(o) is kind]
+def layers() -> List[Any]:
+    """Keras' generators, of layers such as Dropout."""
+    keras = sys.modules.get(_KERAS)
+    return [o for o in gc.get_objects() if type(o) is keras.SeedGenerator] if keras else []
+
+
+def own_randoms() -> List[random.Random]:
+    kinds = random.Random, random.SystemRandom  # which has no state
+    return [o for o in gc.get_objects() if issubclass(type(o), kinds[0]) and not issubclass(type(o), kinds[1])]
 
 
 def generators() -> List[Any]:

@@ -1,0 +1,155 @@
+"""Slots: workers made ahead of time. Each serves one run, which is as any other, and none is left behind."""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.conftest import wait_for
+from tests.launch.both import Ended, ends, finish, read_line
+from tests.launch.held.pocket import Pocket, popen
+from tests.launch.held.test_program import HERE, PRINTS
+
+SHOW = f"""
+import os, sys
+name = os.path.basename(sys.argv[0])
+print("before")
+{HERE}
+print(name, sys.argv[1:], os.getcwd(), os.environ.get("MINE"), oct(os.umask(0)), sys.stdin.read(), os.isatty(1))
+print("error", file=sys.stderr)
+sys.exit(7)
+"""
+
+
+def ready(pocket: Pocket, count: int) -> bool:
+    """Wait for so many slots: processes beneath the pocket's cgroup that are no template and no session's."""
+
+    def there() -> bool:
+        sessions = len([w for w in pocket.pocketd.workers() if w["pocket"] == pocket.name])
+        return len(pocket.processes()) == count + sessions + bool(pocket.row().get("template_pid"))
+
+    return wait_for(there, 20)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_a_run_from_a_slot_is_as_any_other(hold, checkpoint):
+    pocket = hold(SHOW, checkpoint, warm=1)
+    for words in (("a",), ("b", "c")):
+        assert pocket.warm()["slots"] == 1
+        pocket.same(*words, way="slot", input=b"text", env={"MINE": words[0]}, umask=0o27)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_prints_from_a_slot(hold, checkpoint):
+    pocket = hold(PRINTS, checkpoint, warm=1)
+    pocket.warm()
+    pocket.same(way="slot")
+
+
+def test_each_serves_one_run(hold):
+    pocket = hold(f"import os\n{HERE}print(os.getpid(), flush=True)\ninput()\n", "here =", warm=2)
+    pocket.warm()
+    assert ready(pocket, 2)
+    runs = [popen(pocket) for _ in range(5)]
+    pids = [read_line(run.stdout.fileno()) for run in runs]
+    assert len(set(pids)) == 5 and b"" not in pids
+    for run in runs:
+        run.communicate(b"\n")
+    assert [run.returncode for run in runs] == [0] * 5
+    pocket.warm()
+    assert ready(pocket, 2)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_a_run_that_a_slot_cannot_serve_goes_another_way(hold, checkpoint):
+    pocket = hold(
+        f"import os\nmode = os.environ.get('MODE')\n{HERE}print(mode, os.environ.get('MODE'))\n", checkpoint, warm=1
+    )
+    pocket.warm()
+    for value in ("x", "y"):
+        assert pocket.pocket(env={"MODE": value}) == Ended(0, b"%s %s\n" % (value.encode(), value.encode()), b"")
+        pocket.warm()
+    assert pocket.pocket().out == b"None None\n"
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_a_variable_for_which_a_run_is_cold(hold, checkpoint):
+    pocket = hold(f"import sys\n{HERE}print(sys.flags.optimize, hash('x'))\n", checkpoint, warm=1)
+    pocket.warm()
+    env = {"PYTHONHASHSEED": "0", "PYTHONOPTIMIZE": "1"}
+    assert pocket.pocket(env=env).out == pocket.plain(env=env).out
+
+
+def test_a_slot_killed_is_made_again_and_nobody_notices(hold):
+    pocket = hold(SHOW, "here =", warm=1)
+    pocket.warm()
+    assert ready(pocket, 1)
+    template = pocket.template
+    (slot,) = [pid for pid in pocket.processes() if pid != template]
+    os.kill(slot, signal.SIGKILL)
+    assert ends(slot)
+    assert pocket.pocket("a").status == 7
+    pocket.warm()
+    pocket.same("b", way="slot")
+
+
+def test_a_slot_stopped_is_passed_over(hold):
+    pocket = hold(SHOW, "here =", warm=1)
+    pocket.warm()
+    assert ready(pocket, 1)
+    template = pocket.template
+    (slot,) = [pid for pid in pocket.processes() if pid != template]
+    os.kill(slot, signal.SIGSTOP)
+    pocket.same("a", way="held")
+    assert ends(slot)
+
+
+def test_slots_go_with_their_template_and_its_files(hold):
+    pocket = hold(f"{HERE}print('one')\n", "here =", warm=1)
+    pocket.warm()
+    assert ready(pocket, 1)
+    pocket.write("app.py", f"{HERE}print('two')\n")
+    assert pocket.pocket().out == b"two\n"
+    pocket.warm()
+    pocket.same(way="slot")
+    pocket.cool()
+    assert pocket.gone()
+
+
+def test_slots_without_a_checkpoint_see_new_files(hold):
+    pocket = hold("print(open('/pocket/x').read())\n", None, warm=1)
+    pocket.write("x", "one")
+    pocket.warm()
+    pocket.write("x", "two")
+    pocket.write("app.py", "print(open('/pocket/x').read(), 3)\n")
+    assert pocket.from_held(way="slot").out == b"two 3\n"
+
+
+def test_signals_and_a_caller_that_goes(hold):
+    pocket = hold(f"import signal\n{HERE}print('ready', flush=True)\nsignal.pause()\n", "here =", warm=1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        pocket.warm()
+        pocket.forget()
+        run = popen(pocket)
+        assert read_line(run.stdout.fileno()) == b"ready\n"
+        run.send_signal(number)
+        assert finish(run).status == -number
+        assert pocket.ways() == ["slot"]
+    pocket.warm()
+    run = popen(pocket)
+    read_line(run.stdout.fileno())
+    (worker,) = [w["pid"] for w in pocket.pocketd.workers() if w["pocket"] == pocket.name]
+    run.kill()
+    assert ends(worker)
+    finish(run)
+
+
+def test_many_at_once(hold):
+    pocket = hold(f"import sys\n{HERE}print(int(sys.argv[1]) ** 2)\n", "here =", warm=3)
+    pocket.warm()
+    runs = [(n, popen(pocket, str(n), stdin=subprocess.DEVNULL)) for n in range(24)]
+    assert [(n, finish(run)) for n, run in runs] == [(n, Ended(0, b"%d\n" % n**2, b"")) for n, _ in runs]
