@@ -218,12 +218,13 @@ class Slots:
             slot.ready = True
             self.waiting.setdefault(slot.pocket, deque()).append(slot)
             return
-        slot.close()
         if operation == "taken" or slot.taken is None:
+            slot.close()
             slot.answer(None)
             if slot.taken is None:
                 self._end(slot)
             return
+        asyncio.get_running_loop().remove_reader(slot.sock)  # closed when init has let go of it: it waits for that
         slot.answer(Error("held", Error.unwire(message.get("error")).message[:1000]))
 
     # -- handed out
@@ -300,6 +301,8 @@ class Slots:
     def give_way(self, pocket: str | None = None) -> int:
         """End all that wait, of one pocket or of all. Returns how many."""
         found = [s for s in self.by_id.values() if not s.gone and pocket in (None, s.pocket)]
+        for name in [name for name in self._filling if pocket in (None, name)]:
+            self._filling.pop(name).cancel()  # the next launch begins anew
         for slot in found:
             self._end(slot)
         return len(found)

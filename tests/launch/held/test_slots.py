@@ -1,6 +1,5 @@
 """Slots: workers made ahead of time. Each serves one run, which is as any other, and none is left behind."""
 
-# ruff: noqa: E501
 from __future__ import annotations
 
 import os
