@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_first_app_runs_with_the_configuration_beside_it(own_pocketd, tmp_path: Path):
-    (app,), (configuration,) = blocks("python"), blocks("toml")
+    (app,), (configuration, _) = blocks("python"), blocks("toml")
     assert len([line for line in app.splitlines() if line.strip()]) <= 10
     model = tmp_path / "mobilenet.keras"
     subprocess.run([sys.executable, "-c", SAVE, model], check=True, capture_output=True, timeout=TIMEOUT)
@@ -37,12 +37,43 @@ def test_the_first_app_runs_with_the_configuration_beside_it(own_pocketd, tmp_pa
     assert 0 <= int(done.stdout) < 1000
 
 
+PROGRAM = """
+import sys
+import numpy as np
+
+weights = np.arange(4.0)
+
+
+def main():
+    print(sys.argv[1], weights.sum())
+
+
+main()
+"""
+
+
+def test_a_pocket_is_held_as_it_says(own_pocketd, tmp_path: Path):
+    _, configuration = blocks("toml")
+    place = tmp_path / "detect"
+    place.mkdir()
+    (place / "detect.py").write_text(PROGRAM)
+    (place / "sample.jpg").write_bytes(b"")
+    service = '[service.tensorflow]\nruntime = "python"\n'  # the same but for the import
+    daemon = own_pocketd(service + configuration.replace("/srv/detect", str(place)))
+    suggested = daemon.pocket("suggest", "detect", "photo.jpg").stdout
+    assert 'checkpoint = "main"' in suggested and 'rehearse = ["photo.jpg"]' in suggested
+    assert daemon.pocket("warm", "detect").stdout.startswith("detect is held and rehearsed")
+    assert daemon.pocket("detect", "photo.jpg").stdout == "photo.jpg 6.0\n"
+    (row,) = daemon.ps()["pockets"]
+    assert (row["held"], row["warm"]) == ("rehearsed", 2)
+
+
 def test_the_files_that_it_names_are_there():
     for path in re.findall(r"\]\(([\w./-]+)\)", README) + ["systemd/pocketd.service", "pocketd.conf", "examples/faces"]:
         assert (ROOT / path).exists(), path
 
 
 def test_its_verbs_are_the_commands():
-    shown = set(re.findall(r"`pocket (ps|logs|stop|run|set|inspect|reload|off)\b", README))
-    assert shown == {"ps", "logs", "stop", "run", "set", "inspect", "reload", "off"}
+    shown = set(re.findall(r"`pocket (ps|logs|stop|run|set|inspect|reload|off|warm|cool|suggest)\b", README))
+    assert shown == {"ps", "logs", "stop", "run", "set", "inspect", "reload", "off", "warm", "cool", "suggest"}
     assert {*command.VERBS, "run"} >= shown
