@@ -90,6 +90,8 @@ class Daemon:
         self.last_right = {}
         self.authors.watch()
         for service in self.services.values():
+            for generation in service.generations():
+                generation.held.drop_undefined(self)
             if service.current:
                 self._ready(service.current)
 

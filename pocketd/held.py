@@ -360,6 +360,17 @@ class Held:
             self.give_up(holder, "it was cooled")
         return holder is not None
 
+    def drop_undefined(self, daemon: Daemon) -> None:
+        """Give up what is held of pockets that have no definition any more."""
+        slots = self.generation.slots
+        for name in {h.pocket for h in self} | {s.pocket for s in slots.by_id.values()} | set(self._watches):
+            if name not in daemon.config.pockets:
+                slots.give_way(name)
+                self.cool(name)
+                watch = self._watches.pop(name, None)
+                if watch:
+                    daemon.files.forget(watch)
+
     def forget_failure(self, pocket: str) -> None:
         self.failed.pop(pocket, None)
         self.cool_until.pop(pocket, None)

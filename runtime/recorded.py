@@ -192,7 +192,7 @@ class Recorder:
 
     def made_directory(self, path: Any) -> None:
         name = self._named(path)
-        if name is not None and name.startswith(self.tops):
+        if name is not None and name.startswith(self.tops) and os.path.basename(name) != "__pycache__":
             self.made.append(name)  # makedirs(exist_ok=True) is what programs do; each run would find it there
 
     def _named(self, path: Any) -> Optional[str]:

@@ -15,18 +15,13 @@ from tests.launch.held.pocket import Pocket, popen
 # What each program begins with: the template's own objects, its socket, and the means to be called when it is asked.
 REACH = """
 import ctypes, gc, os, signal, socket, sys, threading, time
-held = sys._pocketd_held
+held = getattr(sys, '_pocketd_held', None)
 libc = ctypes.CDLL(None, use_errno=True)
 mine = os.getpid()
 def asked(attack):
     "Have `attack(message, leaf, session)` called in the template in place of its fork."
-    type(held).fork = lambda self, message, leaf, session, avoid, *more: attack(message, leaf, session)
-def send(**words):
-    from pocketd import wire
-    wire.send(held.talk, words)
-wire_send = sys.modules.get("pocketd.wire")
-import types
-_send = type(held).refuse.__globals__["wire"].send
+    if held: type(held).fork = lambda self, message, leaf, session, avoid, *more: attack(message, leaf, session)
+_send = type(held).refuse.__globals__["wire"].send if held else None
 def say(**words):
     _send(held.talk, words)
 """
