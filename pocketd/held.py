@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NUMBERS = 1 << 20  # above those of the service's own templates
 HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint
 QUIET = 2.0  # seconds without a change of the pocket's files before it is held again
+LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 BACKOFF = 10.0  # seconds before a template that died is made again
 
 
@@ -206,13 +207,13 @@ class Held:
                 reply, fds = await g.init.call("hold", passed, timeout=HOLD_TIMEOUT, **message)
                 fds.close()
             if holder.stale:
-                raise Error("hold", f"{definition.name} is not held: {holder.stale}")
+                raise Error("hold", holder.stale)
+            self._settle(holder, reply)
         except BaseException as e:
             await self._retire(holder)
             if isinstance(e, Error):
                 raise _explained(e, definition) from None
             raise
-        self._settle(holder, reply)
         holder.facts["rehearsed"] = rehearse
         return holder
 
@@ -276,6 +277,7 @@ class Held:
             with suppress(OSError), open(f"/proc/{holder.pid}/oom_score_adj", "w") as f:
                 f.write("-999")  # within its pocket's limit a worker goes first
         holder.facts = warming.facts(reply)
+        holder.facts["runs"] = self._runs(holder)
         holder.ready = True
         self.current[holder.pocket] = holder
         g = self.generation
@@ -286,6 +288,22 @@ class Held:
                 self.give_up(old, "there is a newer one")
         if holder.definition.warm:
             g.slots.fill_later(holder.pocket, 0.0)
+
+    def _runs(self, holder: Holder) -> int | None:
+        """How many runs at once its pocket's memory.max leaves room for; None where there is no such limit. Raises
+        Error where it leaves none: the kernel would end the first."""
+        assert holder.definition
+        most = holder.definition.limits.get("memory.max", "max")
+        with Cgroup("self", holder.cgroup) as own:
+            charged = own.stats().memory_current
+        if charged is None or not most.isdigit():
+            return None
+        run = max(holder.facts.get("run") or 0, LEAST_RUN)
+        runs = (int(most) - charged) // run
+        sizes = f"its template has {charged >> 20}M, one run {run >> 20}M, memory.max is {int(most) >> 20}M"
+        if runs < 1:
+            raise Error("hold", f"{sizes}: that leaves no room for a run")
+        return runs
 
     # -- launching
 

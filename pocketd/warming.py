@@ -55,7 +55,7 @@ def cool(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
 def facts(said: Message) -> Message:
     """What a template said of itself, as far as it can be that: its words are its program's."""
     found: Message = {}
-    for key in ("seconds", "threads", "files", "working_set"):
+    for key in ("seconds", "threads", "files", "working_set", "run"):
         value = said.get(key)
         found[key] = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     for key in ("variables", "unsure"):

@@ -78,6 +78,7 @@ class Held:
         self.rehearsing = False
         self.reports = -1  # where a run of the sample writes which pages it made its own
         self.pages = workingset.WorkingSet()
+        self.run_size = 0  # bytes that a run of the sample had of its own
         self.changed: Optional[str] = None  # a file of the service's that is not any more what was imported
         self.collecting = True
         hold = orders["hold"]
@@ -268,6 +269,7 @@ class Held:
             "files": len(r.files),
             "unsure": self.seeds.unsure[:8],
             "working_set": self.pages.size,
+            "run": self.run_size,
         }
         wire.send(self.talk, said)
 
@@ -335,6 +337,7 @@ class Held:
         found = workingset.WorkingSet.unpack(os.pread(self.reports, size, 0))
         os.close(self.reports)
         self.reports = -1
+        self.run_size = found.size
         return found
 
     def remainder(self, frame: Any) -> Callable[[], object]:

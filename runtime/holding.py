@@ -21,6 +21,8 @@ from pocketd.wire import Error, Message
 from runtime.children import Session, Template, is_child, processes_of
 
 WALL = 0x40000000  # wait4(2)
+# What a template says of itself when it is ready: for people.
+_FACTS = ("seconds", "threads", "variables", "files", "unsure", "working_set", "run")
 # What a template may say: bounded, since its program says it.
 WORDS = wire.Bounds(32 * 1024, 4, 400)
 
@@ -97,9 +99,7 @@ class Holding:
             return False
         operation = message.get("op")
         if operation == "ready" and t.ready is None:
-            t.ready = {
-                key: message.get(key) for key in ("seconds", "threads", "variables", "files", "unsure", "working_set")
-            }
+            t.ready = {key: message.get(key) for key in _FACTS}
             self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
             t.request = None
         elif operation == "failed" and t.ready is None and t.request is not None:

@@ -246,6 +246,8 @@ def warm(options: Options) -> None:
         print(f"{name} is {how}: {reply['seconds'] or 0:.2f} s to its checkpoint, {reply['threads']} threads")
         if reply["working_set"]:
             print(f"{name}: a run makes {reply['working_set'] / (1 << 20):.1f}M its own")
+        if reply["runs"] is not None:
+            print(f"{name}: memory.max leaves {reply['runs']} runs at once")
     if reply["slots"]:
         print(f"{name}: {reply['slots']} slots")
     for what in reply.get("unsure", ()):
