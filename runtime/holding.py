@@ -222,8 +222,9 @@ class Holding:
             pid, status = s.early
             self.born(s, pid, -1)
             self.died(s, status)
-        elif not s.pid:
+        elif not s.pid and not populated(s):
             self.fail(s, Error("held", f"template {s.template} said that it had forked, and had not"))
+        # Else it is about to end, and is in no list any more, nor to be reaped yet: `claim` or `leaf_changed` follows.
 
     def held_waits(self) -> bool:
         """Whether a session waits for a worker of a pocket's template, so that strangers' cgroups are of interest."""
@@ -239,6 +240,8 @@ class Holding:
                     pass  # what it said before it ended
                 if self.launching.pop(s.launch, None):
                     self.fail(s, Error("held", "its worker ended before its program went on"))
+                elif not s.pid and not s.ended:
+                    self.born_early(s)
                 return True
         return False
 
@@ -248,6 +251,10 @@ class Holding:
             return
         if s.pid and s.status is None:
             self.reap()  # its worker was the last
+        elif not s.pid and not s.ended and s.launch not in self.launching:
+            self.reap()
+            if not s.ended:
+                self.born_early(s)
         if s.id in self.sessions and s.launch not in self.launching:
             self.over(s)
 

@@ -599,6 +599,9 @@ class Init(Holding, Slots):
 
     def died(self, s: Session, status: int) -> None:
         """The worker has ended: its caller hears at once; what it left behind ends now."""
+        if s.note.get("slot") and not s.hold:  # it may have had a session, of which pocketd told us before it
+            while self.daemon and select.select([self.daemon], [], [], 0)[0]:
+                self.hear_daemon()
         s.status = status
         message: Message = {"op": "exit", "status": status}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended
