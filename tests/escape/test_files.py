@@ -182,7 +182,6 @@ def of_the_service(place):
     }
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("what", ["our own code", "its python", "a preloaded module", "/etc", "its own executable"])
 def test_the_services_files_cannot_be_written(pockets, controls, place, plain_file, what, thread):

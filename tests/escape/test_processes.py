@@ -103,7 +103,6 @@ RANK = {
 }
 
 
-@pytest.mark.oldest
 @each(RANK)
 def test_it_cannot_rise(refused, attempt, thread):
     refused(attempt, thread)
