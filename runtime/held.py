@@ -217,6 +217,7 @@ class Held:
         except clone.CloneError as e:
             self.fail(f"the program holds what a fork cannot carry over: {e.strerror}")
         self.seeds.find()
+        self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))
         self.collecting = gc.isenabled()
         gc.collect()
         memory.trim()
@@ -423,6 +424,9 @@ class Held:
             except (EOFError, OSError, MessageError):
                 os._exit(0)
             with fds:
+                if message["op"] == "tidy":  # no run is there any more: the next one finds no files of those before
+                    self.scratch.clear(message["until"])
+                    continue
                 leaf, session = fds.take(), fds.take()
                 try:
                     self.fork(message, leaf, session, avoid)

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import time
 from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Optional
 
@@ -21,6 +22,7 @@ from pocketd.wire import Error, Message
 from runtime.children import Session, Template, is_child, processes_of
 
 WALL = 0x40000000  # wait4(2)
+_COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
 # What a template says of itself when it is ready: for people.
 _FACTS = ("seconds", "threads", "variables", "files", "unsure", "working_set", "run")
 # What a template may say: bounded, since its program says it.
@@ -274,6 +276,16 @@ class Holding:
         for t in held_templates(self.pauses.values()):
             if t.number == s.template and t.number not in self.templates:
                 self.end_pause(t)
+            elif t.number == s.template and not any(runs(other, t) for other in self.sessions.values()):
+                # A slot may be given a session just now: what that writes is not older than this tick of the clock.
+                now = time.clock_gettime(_COARSE)
+                with suppress(OSError):  # one that does not read is found out by its next launch
+                    wire.send(t.talk, {"op": "tidy", "until": now})
+
+
+def runs(s: Session, t: Template) -> bool:
+    """Whether a session is a run from this template, and no slot that waits for one."""
+    return s.template == t.number and not s.note.get("slot")
 
 
 def held_templates(holders: Iterable[Any]) -> Iterable[Template]:

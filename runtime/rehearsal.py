@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import math
 import os
 import random
 import select
@@ -218,13 +219,21 @@ class Places:
             found[path] = (0, "removed")
         return found
 
-    def clear(self) -> None:
-        """Remove what is new."""
-        for path in sorted((p for p, _ in self._all() if p not in self.before), reverse=True):
+    def clear(self, until: float = math.inf) -> None:
+        """Remove what is new and was changed before `until`, by the clock of files' times (CLOCK_REALTIME_COARSE)."""
+        new = sorted((path for path, _ in self._all() if path not in self.before), reverse=True)
+        for path in [path for path in new if _changed(path) < until]:  # all are looked at before one is removed
             try:
                 os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
             except OSError:
                 pass
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.lstat(path).st_ctime
+    except OSError:
+        return math.inf
 
 
 def _digest(path: str) -> str:

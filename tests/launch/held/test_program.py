@@ -418,3 +418,25 @@ def test_a_program_in_a_directory_of_another_version(hold):
     pocket.warm()
     pocket.same()
     assert sys.version_info >= (3, 11)
+
+
+SCRATCH = """
+import os, time
+open("/tmp/base", "w").close()
+def main():
+    print(sorted(os.listdir("/tmp")), sorted(os.listdir("/dev/shm")))
+    os.makedirs("/tmp/new/er", exist_ok=True)
+    open("/tmp/new/er/file", "w").close()
+    open("/dev/shm/mine", "w").close()
+    time.sleep(0.05)  # more than a tick of the clock that files' times are taken from
+main()
+"""
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_a_run_finds_no_files_of_those_before(hold, slots):
+    """What runs of one template have in /tmp goes when the last of them has ended."""
+    pocket = hold(SCRATCH, "main", **({"warm": slots} if slots else {}))
+    pocket.warm()
+    found = [pocket.pocketd.pocket(pocket.name).stdout for _ in range(4)]
+    assert found == ["['base'] []\n"] * 4
