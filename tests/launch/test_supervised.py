@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pocketd import wire
 from pocketd.client.control import Control
 from pocketd.client.handshake import open_login
 from tests.conftest import TIMEOUT
@@ -153,7 +154,9 @@ def test_a_directory_is_no_credentials(pocketd, both, tmp_path):
             )  # fmt: skip
             with login.session, login.hold:
                 login.session.settimeout(TIMEOUT)
-                assert b"not a memfd" in login.session.recv(10000)
+                message, none = wire.receive(login.session)
+                none.close()
+                assert "not a memfd" in message["error"]["message"]
     finally:
         os.close(fd)
 
