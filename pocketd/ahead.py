@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pocketd.definitions import Pocket
 
 # A run's template or slot could not serve it, and another way may.
-_ANOTHER_WAY = ("held", "no-template")
+_ANOTHER_WAY = ("held", "outdated", "no-template")
 
 
 @dataclass
@@ -101,6 +101,8 @@ class Launching:
             await generation.drop_session(session)
             if e.code not in _ANOTHER_WAY:
                 raise
+            if e.code == "outdated":
+                generation.held.outdated(session.pocket, session.note.get("held"), e.message)
             events.emit("launch-not-held", service=generation.name, pocket=session.pocket, why=e.message)
             return False
         except BaseException:

@@ -338,6 +338,13 @@ class Held:
             events.emit("pocket-given-up", service=self.generation.name, pocket=holder.pocket, why=why)
             self.generation.keep(self._retire(holder))
 
+    def outdated(self, pocket: str, number: int | None, why: str) -> None:
+        """A template says that what its program read is not so any more; the next launch has another made."""
+        holder = self.current.get(pocket)
+        if holder and holder.number == number:
+            self.give_up(holder, why)
+            self.cool_until[pocket] = time.monotonic() + BACKOFF  # its runs may be what changes it
+
     async def _retire(self, holder: Holder) -> None:
         holder.stale = holder.stale or "it was given up"
         if self.generation.init:

@@ -225,7 +225,8 @@ class Slots:
                 self._end(slot)
             return
         asyncio.get_running_loop().remove_reader(slot.sock)  # closed when init has let go of it: it waits for that
-        slot.answer(Error("held", Error.unwire(message.get("error")).message[:1000]))
+        said = Error.unwire(message.get("error"))
+        slot.answer(Error("outdated" if said.code == "outdated" else "held", said.message[:1000]))
 
     # -- handed out
 

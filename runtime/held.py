@@ -441,7 +441,7 @@ class Held:
         trace.mark("the pocket's template has the request")
         changed = self.outdated()
         if changed:
-            self.refuse(launch, changed)
+            self.refuse(launch, changed, "outdated")
             return
         try:
             child = clone.live_fork(cgroup=leaf, parent=True)
@@ -463,8 +463,9 @@ class Held:
                 wire.send(self.talk, {"op": "refused", "launch": launch, "error": error.wire()})
             os._exit(FAILED)
 
-    def refuse(self, launch: int, why: str) -> None:
-        error = Error("held", why)
+    def refuse(self, launch: int, why: str, code: str = "held") -> None:
+        """Refuse one run; "outdated": and all that follow, so that pocketd makes another template."""
+        error = Error(code, why)
         wire.send(self.talk, {"op": "refused", "launch": launch, "error": error.wire()})
 
     # -- in a child
@@ -491,9 +492,11 @@ class Held:
             sock = slot.wait(sock, trace)
         peeked, given = wire.receive(sock, socket.MSG_PEEK)
         with given:
-            why = self.outdated() or self.differing(peeked) or self.on_terminal(peeked, given.rest())
+            changed = self.outdated()
+            why = changed or self.differing(peeked) or self.on_terminal(peeked, given.rest())
         if why:
-            wire.send(answers, {"op": "refused", **words, "error": Error("held", why).wire()})
+            error = Error("outdated" if changed else "held", why)
+            wire.send(answers, {"op": "refused", **words, "error": error.wire()})
             if message.get("slot"):
                 answers.recv(1)  # until init knows: it tells the caller of a session how its worker ends
             os._exit(0)

@@ -117,7 +117,9 @@ class Holding:
                     self.look_for(session)
                 else:
                     session.early = None
-                    self.fail(session, Error("held", Error.unwire(message.get("error")).message[:1000]))
+                    said = Error.unwire(message.get("error"))
+                    code = "outdated" if said.code == "outdated" else "held"
+                    self.fail(session, Error(code, said.message[:1000]))
         return True
 
     def hear_of_layers(self, t: Template) -> bool:
@@ -197,7 +199,8 @@ class Holding:
     def hand_back(self, s: Session, error: Error) -> None:
         """A pocket's template has made no worker for a launch: pocketd has the caller's sockets still and goes another
         way, so the caller hears nothing, and the session's id is free at once."""
-        self.tell({"id": s.request, "error": Error("held", error.message).wire()})
+        code = "outdated" if error.code == "outdated" else "held"
+        self.tell({"id": s.request, "error": Error(code, error.message).wire()})
         s.request = None
         if s.hold:
             self.unwatch(s.hold.fileno())

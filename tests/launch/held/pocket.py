@@ -89,7 +89,16 @@ class Pocket(Both):
         return self.pocketd.cgroup_path / f"pocketd-{self.service}.scope/service/pockets" / self.name
 
     def processes(self) -> list[int]:
-        return [int(pid) for path in self.cgroup.rglob("cgroup.procs") for pid in path.read_text().split()]
+        while True:
+            try:
+                return [int(pid) for path in self.cgroup.rglob("cgroup.procs") for pid in path.read_text().split()]
+            except OSError:  # a leaf went in the midst of it
+                continue
+
+    def answered(self) -> None:
+        """Wait until pocketd has answered a login: a program's first line may be there before."""
+        assert wait_for(self.ways)
+        self.pocketd.ps()  # answered after it
 
     @property
     def template(self) -> int:
