@@ -177,7 +177,9 @@ class Init(Holding, Slots):
     def hear_daemon(self) -> None:
         assert self.daemon
         try:
-            message, fds = wire.receive(self.daemon)
+            message, fds = wire.receive(self.daemon, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return  # told of before somebody else here has read it (`died`)
         except (EOFError, OSError, MessageError):
             self.forget_daemon()
             return
@@ -601,7 +603,7 @@ class Init(Holding, Slots):
     def died(self, s: Session, status: int) -> None:
         """The worker has ended: its caller hears at once; what it left behind ends now."""
         if s.note.get("slot") and not s.hold:  # it may have had a session, of which pocketd told us before it
-            while self.daemon and select.select([self.daemon], [], [], 0)[0]:
+            while self.daemon and readable(self.daemon.fileno()):
                 self.hear_daemon()
         s.status = status
         message: Message = {"op": "exit", "status": status}

@@ -108,7 +108,11 @@ class Pocket(Both):
         self.pocketd.pocket("cool", self.name)
 
     def gone(self) -> bool:
-        return wait_for(lambda: not self.cgroup.exists())
+        if wait_for(lambda: not self.cgroup.exists()):
+            return True
+        print("left:", *self.cgroup.rglob("cgroup.procs"), self.processes())
+        print(self.pocketd.log.read_text()[-4000:])
+        return False
 
 
 class Pockets:
