@@ -31,7 +31,7 @@ from runtime.slots import Slots
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-HELD_FORK_TIMEOUT = 8.0  # seconds for a pocket's own: the launch goes another way then
+HELD_FORK_TIMEOUT = 3.0  # seconds for a pocket's own: the launch goes another way then
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
 # What workers of one uid may write to the log: bytes in a second, and seconds of these at once. More waits in its pipe.
 LOG_RATE, LOG_BURST = 64 << 10, 4.0

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from tests.conftest import wait_for
+from tests.conftest import TIMEOUT, wait_for
 from tests.launch.both import Ended, finish
 from tests.launch.held.pocket import Pocket, popen
 
@@ -84,7 +84,7 @@ def test_a_template_that(hold, other, what):
     assert other.pocket() == Ended(0, b"other True\n", b"")
     for run in runs:  # it may have had the caller's start, and then it is its own run that is lost
         try:
-            out, _ = run.communicate(timeout=30)
+            out, _ = run.communicate(timeout=5 if what == "reads the session" else TIMEOUT)
         except subprocess.TimeoutExpired:  # what it waits for, its own template has taken
             assert what == "reads the session"
             run.kill()
