@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import json
 import os
 import select
@@ -37,6 +38,9 @@ def bare_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not any(fnmatch.fnmatchcase(k, p) for p in drop)}
 
 
+_made = itertools.count(1)
+
+
 class Pocketd:
     """One pocketd in directories of its own. `config` is TOML text."""
 
@@ -48,7 +52,7 @@ class Pocketd:
         self.config.write_text(config)
         self.runtime_dir = place / "run"
         self.state_dir = place / "state"
-        self.cgroup = f"pocketd-test-{os.getpid()}-{place.name}"
+        self.cgroup = f"pocketd-test-{os.getpid()}-{next(_made)}-{place.name}"  # several are there at once
         self.log = place / "pocketd.log"
         self.process: subprocess.Popen[bytes] | None = None
 

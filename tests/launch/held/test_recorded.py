@@ -235,7 +235,7 @@ LEFT = {
     "a file open for appending": ("f = open('/tmp/x', 'a')\n", "open for writing"),
     "epoll": ("import select\ne = select.epoll()\n", "epoll"),
     "eventfd": ("import os\ne = os.eventfd(0)\n", "eventfd"),
-    "a running child": ("import subprocess\nc = subprocess.Popen(['sleep', '600'])\n", "child processes (sleep 600)"),
+    "a running child": ("import subprocess\nc = subprocess.Popen(['sleep', '600'])\n", "child processes ("),
     "a zombie": ("import os\nif os.fork() == 0: os._exit(0)\n", "child processes"),
     "a selector": ("import selectors\ns = selectors.DefaultSelector()\n", "epoll"),
     "an event loop": ("import asyncio\nloop = asyncio.new_event_loop()\n", "epoll"),
