@@ -399,7 +399,10 @@ print(input("? "))
 
 
 def test_an_interrupt_by_a_terminal(hold, terminal):
-    pocket = hold("import signal\nhere = None\nprint('ready')\nsignal.pause()\n", "here =")
+    # Blocked until the line in which it waits, so that it is interrupted in that one.
+    mask = "signal.pthread_sigmask(signal.SIG_{}, [2])"
+    source = f"import signal\nhere = None\n{mask.format('BLOCK')}\nprint('ready')\n{mask.format('UNBLOCK')}, signal.pause()\n"
+    pocket = hold(source, "here =")
     pocket.warm()
     ended = []
     for plain in (True, False):
