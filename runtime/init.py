@@ -286,7 +286,9 @@ class Init(Holding, Slots):
 
     def hear_template(self, t: Template) -> None:
         try:
-            message, fds = wire.receive(t.talk)
+            message, fds = wire.receive(t.talk, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return  # its number was another's when this was told of
         except (EOFError, OSError, MessageError):
             self.lose(t)
             return
