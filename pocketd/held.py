@@ -48,6 +48,7 @@ class Holder:
     homes: tuple[str, ...] = ()
     pid: int = 0
     ready: bool = False
+    ended: bool = False  # it is being cleared away
     stale: str | None = None  # why no launch comes from it any more
     facts: Message = field(default_factory=dict)
     born: float = field(default_factory=time.monotonic)
@@ -359,6 +360,9 @@ class Held:
             del self.current[holder.pocket]
             events.emit("pocket-template-lost", "warning", service=self.generation.name, pocket=holder.pocket)
             self.cool_until[holder.pocket] = time.monotonic() + BACKOFF
+        if holder.ended:
+            return True
+        holder.ended = True
         holder.stale, holder.ready = holder.stale or "it ended", False
         self.generation.keep(self._clear(holder))
         return True

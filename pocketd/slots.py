@@ -85,6 +85,7 @@ class Slots:
         if not definition.warm:
             return None
         self._daemon = daemon
+        daemon.files.look()  # what changed until now counts for this launch already
         queue = self.waiting.get(definition.name, deque())
         found = None
         while queue and found is None:
@@ -156,10 +157,10 @@ class Slots:
         identity = os.urandom(16).hex()
         homes = orders.homes(definition)
         files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
-        orders.make_pocket(g, plan.name, plan.limits, identity)
-        leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
         told = orders.orders(g, plan, mode, files, None, {"slot": True, "homes": list(homes)})
         stack.callback(os.close, told)
+        orders.make_pocket(g, plan.name, plan.limits, identity)  # last: what can fail was before it
+        leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
         slot = Slot(identity, plan.name, definition, template, leaf, homes, None)
         host = plan.network == "host"
         passed = [leaf.fd, told, *(fd for fd, _ in files), *([daemon.network] if host else [])]

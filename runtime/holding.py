@@ -75,6 +75,7 @@ class Holding:
             os.close(out)
             self.launching.pop(self.launches, None)
             self.end_pause(t)
+            self.pause_over(t)
             raise
         finally:
             theirs.close()

@@ -342,6 +342,8 @@ class Init(Holding, Slots):
             self.end_held(t)
         elif t:
             t.talk.shutdown(socket.SHUT_WR)
+        else:  # one that was never made, or has ended
+            self.tell({"op": "template-ended", "template": message["template"]})
 
     def on_files(self, message: Message, fds: Fds) -> None:
         """Which files a template is made of (runtime.imported), asked by a pocketd that was not there when it began."""

@@ -35,7 +35,7 @@ class Slots:
     refuse_when_stopping: Callable[[], None]
     launch_held: Callable[..., None]
     hear_caller: Callable[[Session], None]
-    drain_worker: Callable[[Session], bool]
+    hear_worker: Callable[[Session], None]
     hand_back: Callable[[Session, Error], None]
     hold_of: Callable[[int], socket.socket]
 
@@ -68,7 +68,7 @@ class Slots:
             passed = [leaf, pause.pidfd, waits, orders, *fds]
             if message["mode"] == "client":
                 s.output, out = os.pipe2(os.O_CLOEXEC)
-                self.watch(s.output, lambda: self.drain_worker(s))
+                self.hear_worker(s)
                 passed.insert(4, out)
             request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
             wire.send(t.talk, request, passed)
