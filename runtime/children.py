@@ -32,6 +32,7 @@ class Session:
     status: Optional[int] = None
     oom_kills: int = 0  # of its cgroup before it began: an adopted one may have seen some
     ended: bool = False  # by us, so that its death is nobody else's doing
+    vacant: bool = False  # its pid namespace has ended, and its template has not said yet what came of the launch
     error: Optional[Message] = None  # what is known of its death beside its status
     events: int = -1  # its leaf's cgroup.events, where it has no pause
     early: Optional[Tuple[int, int]] = None  # its worker's pid and status, where it ended before it was said to be born

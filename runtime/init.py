@@ -319,6 +319,8 @@ class Init(Holding, Slots):
                         session.pid = message["pid"]
                     else:
                         self.refuse_template(session, message.get("error"))
+                elif session and session.vacant:
+                    self.over(session)
                 elif session and session.id in self.sessions:
                     if operation == "forked":
                         self.born(session, message["pid"], fds.take())
@@ -467,11 +469,14 @@ class Init(Holding, Slots):
         if s.events >= 0 and s.request is not None:
             self.hand_back(s, error)
             return
+        self.launching.pop(s.launch, None)
         if s.request is not None:
             self.tell({"id": s.request, "error": error.wire()})
         s.request = None
         self.say(s, {"op": "exit", "error": error.wire()})
         self.finish(s)
+        if s.vacant:
+            self.over(s)
 
     def say(self, s: Session, message: Message) -> None:
         if s.hold:
@@ -625,6 +630,11 @@ class Init(Holding, Slots):
 
     def over(self, s: Session) -> None:
         """The session's pid namespace is empty."""
+        if s.pause and not s.pid and s.launch in self.launching:
+            # The template may have the caller's sockets still, and must not be the last that closes them: who keeps
+            # them open (pocketd.apart) does so until pocketd has its answer.
+            s.vacant = True
+            return
         if s.status is None and s.request is None and s.pid:
             try:
                 _, s.status = os.waitpid(s.pid, os.WNOHANG | WALL)

@@ -20,6 +20,7 @@ from pocketd import apart, control, wire
 from pocketd.client.handshake import Login, open_login
 from tests.conftest import Pocketd, service_environment, toml_table, wait_for
 from tests.launch import fuse
+from tests.launch.test_faults import children
 from tests.launch.test_wire_limits import NOBODY, START, ask, connect, control_of, program
 
 PROMPT = 5.0  # seconds: a request is answered in some milliseconds, and apart.ANSWER is 10
@@ -237,6 +238,32 @@ def test_nor_for_one_in_a_logins_place(
         prompt()
     silent.end()
     assert wait_for(lambda: held(daemon) <= before, 30)
+    assert daemon.settled()
+
+
+def test_no_template_is_the_last_that_closes_one(daemon: Pocketd, silent: fuse.Silent, tmp_path: Path) -> None:
+    """The caller goes while the template has not even begun to fork for it."""
+    [template], [service] = daemon.ps()["templates"], daemon.ps()["services"]
+    before = children(service["pid"])
+    with laden(silent) as make:
+        session, s = make(), connect(NOBODY)
+        ours, theirs = messages.pair()
+        os.kill(template["pid"], signal.SIGSTOP)
+        try:
+            login = {"name": "open", "session": "a" * 32, "mode": "program", "roles": ["session", "hold"]}
+            send(s, [session, theirs.fileno()], op="login", **login)
+            assert wait_for(lambda: daemon.leaves())
+            ours.close()
+            theirs.close()
+            gone(s, session)
+            pauses = before - {template["pid"]}
+            assert wait_for(lambda: not children(service["pid"]) & pauses)
+            prompt()
+        finally:
+            os.kill(template["pid"], signal.SIGCONT)
+        with program(daemon, tmp_path):
+            prompt()
+    assert [t["pid"] for t in daemon.ps()["templates"]] == [template["pid"]]
     assert daemon.settled()
 
 
