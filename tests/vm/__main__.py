@@ -1,6 +1,7 @@
 """python -m tests.vm: tests that need a machine of their own, in a VM that is gone afterwards.
 
-python -m tests.vm                                   the whole: both kernels, and what the host's run had to skip
+python -m tests.vm                                   the whole: the suites, and what the host's run had to skip
+python -m tests.vm --suites | --skipped              either: the suites, on both kernels, need no run on the host
 python -m tests.vm tests/vm/guest/test_boot.py -k psi   one boot with these pytest arguments
 python -m tests.vm --run 'systemctl status'          one boot with this shell command
 """
@@ -18,6 +19,8 @@ from tests.vm import initramfs, machine
 from tests.vm.outcomes import Outcomes
 
 RESULTS = machine.CACHE / "results"
+OUTCOMES = "outcomes.json"
+GUESTS = NEWEST, OLDEST, SKIPPED = RESULTS / "newest", RESULTS / "6.1", RESULTS / "skipped"
 HOST_OUTCOMES = machine.CACHE / "outcomes-host.json"
 SUITE = "tests/vm/guest"
 ESCAPES = "tests/escape"
@@ -25,7 +28,7 @@ ESCAPES = "tests/escape"
 PYTEST = [
     *(str(machine.ROOT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"),
     *("-o", "timeout=1800", "-o", "faulthandler_timeout=900", "-p", "tests.vm.outcomes"),
-    *("--outcomes-to", "/run/vm/results/outcomes.json", "--junit-xml", "/run/vm/results/junit.xml"),
+    *("--outcomes-to", f"/run/vm/results/{OUTCOMES}", "--junit-xml", "/run/vm/results/junit.xml"),
 ]
 ENVIRONMENT = {
     "HOME": "/root",
@@ -41,13 +44,13 @@ def show(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def boot(kernel_name: str, command: list[str]) -> machine.Result:
-    """One boot; what it brought lies in RESULTS/KERNEL."""
+def boot(kernel_name: str, command: list[str], place: Path | None = None) -> machine.Result:
+    """One boot; what it brought lies in `place`, or else in RESULTS/KERNEL."""
     kernel = machine.find_kernel(kernel_name)
     image = initramfs.build(kernel, command, machine.ROOT, ENVIRONMENT)
     print(f"vm: booting Linux {kernel.release}", flush=True)
     result = machine.run(kernel, image, show=show)
-    place = RESULTS / kernel_name
+    place = place or RESULTS / kernel_name
     place.mkdir(parents=True, exist_ok=True)
     for name, data in {**result.files, "console.txt": result.console.encode()}.items():
         (place / name).write_bytes(data)
@@ -55,20 +58,29 @@ def boot(kernel_name: str, command: list[str]) -> machine.Result:
     return result
 
 
-def whole() -> int:
-    """The suite on both kernels, with what the host had to skip; tests that ran nowhere are a failure."""
-    host, also = Outcomes(), []
+def suites() -> int:
+    """The VM's own tests on the newest kernel; on the oldest those that are marked so."""
+    for place in GUESTS:
+        (place / OUTCOMES).unlink(missing_ok=True)
+    newest = boot("newest", [*PYTEST, SUITE], NEWEST)
+    oldest = boot("6.1", [*PYTEST, SUITE, ESCAPES, "-m", "oldest"], OLDEST)
+    return newest.status or oldest.status
+
+
+def skipped() -> int:
+    """What the host had to skip; tests that ran nowhere are a failure."""
+    host, status = Outcomes(), 0
+    (SKIPPED / OUTCOMES).unlink(missing_ok=True)
     if HOST_OUTCOMES.exists():
         host = Outcomes.parse(HOST_OUTCOMES.read_bytes())
-        files = sorted({test.split("::")[0] for test in host.skipped})
-        also = ["--skipped-in", str(HOST_OUTCOMES), *(f for f in files if (machine.ROOT / f).exists())]
+        files = [f for f in sorted({test.split("::")[0] for test in host.skipped}) if (machine.ROOT / f).exists()]
+        if files:
+            status = boot("newest", [*PYTEST, "--skipped-in", str(HOST_OUTCOMES), *files], SKIPPED).status
     else:
         print("vm: NO RECORD OF A WHOLE RUN ON THE HOST (make test): what it skips is not run here", file=sys.stderr)
-    newest = boot("newest", [*PYTEST, SUITE, *also])
-    oldest = boot("6.1", [*PYTEST, SUITE, ESCAPES, "-m", "oldest"])
-    guests = [Outcomes.parse(r.files["outcomes.json"]) for r in (newest, oldest) if "outcomes.json" in r.files]
-    failed = not report(host, guests)
-    return newest.status or oldest.status or int(failed)
+    found = [place / OUTCOMES for place in GUESTS]
+    failed = not report(host, [Outcomes.parse(path.read_bytes()) for path in found if path.exists()])
+    return status or int(failed)
 
 
 def report(host: Outcomes, guests: list[Outcomes]) -> bool:
@@ -103,6 +115,8 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--suites", action="store_true", help="the VM's own tests alone, on both kernels")
+    parser.add_argument("--skipped", action="store_true", help="what the last whole run on the host skipped, alone")
     parser.add_argument("--kernel", choices=machine.KERNELS, help="for one boot (default: newest)")
     parser.add_argument("--run", metavar="COMMAND", help="a shell command instead of pytest")
     options, arguments = parser.parse_known_args()
@@ -112,7 +126,9 @@ def main() -> int:
             return boot(options.kernel or "newest", ["sh", "-c", options.run]).status
         if arguments or options.kernel:
             return boot(options.kernel or "newest", [*PYTEST, *(arguments or [SUITE])]).status
-        return whole()
+        whole = not options.suites and not options.skipped
+        status = suites() if options.suites or whole else 0
+        return (skipped() if options.skipped or whole else 0) or status
     except (machine.NoMachine, machine.GuestFailed) as e:
         print(f"vm: {e}", file=sys.stderr)
         return 125
