@@ -2,7 +2,7 @@
 # make test   set everything up, then lint and every test, here and in a VM with systemd and all of cgroup v2
 # make test-vm  the VM's part of it; python -m tests.vm runs one file, or one command, in a VM
 # make fuzz   a million inputs and more, from a new seed, to all that reads what others wrote; some 25 s
-# make bench  set everything up, then the benchmarks: bench/results/*.json and a plot
+# make bench  set everything up and fetch the peers to compare with, then the benchmarks: bench/results/*.json, a plot
 # make lint   ruff and mypy alone
 # make torch  torch's CPU build for the tests that fork it (optional; they skip without it)
 # make install  pocketd and its units for this host (PREFIX=/usr/local); make uninstall
@@ -33,9 +33,12 @@ else ifeq ($(VM),skip)
 else
 	@deploy/prepare vm || { echo 'test: NO VM can be made here; to go on without: make test VM=skip' >&2; exit 1; }
 	@$(MAKE) --no-print-directory ruff mypy
-	@status=0; \
+	@status=0; echo 'test: the suites in the VM run meanwhile; what they say comes after what the host says'; \
+	$(python) -m tests.vm --suites >.cache/vm/suites.txt 2>&1 & vm=$$!; \
+	trap 'kill $$vm 2>/dev/null' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
 	$(python) -m pytest -p tests.vm.outcomes --outcomes-to .cache/vm/outcomes-host.json $(TESTS) || status=1; \
-	$(python) -m tests.vm || status=1; \
+	wait $$vm || status=1; trap - EXIT; cat .cache/vm/suites.txt; \
+	$(python) -m tests.vm --skipped || status=1; \
 	exit $$status
 endif
 
@@ -48,7 +51,7 @@ fuzz:
 	@$(python) -m tests.fuzz
 
 bench:
-	@deploy/prepare run
+	@deploy/prepare bench
 	@$(python) -m bench
 
 lint:

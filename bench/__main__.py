@@ -19,12 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench import measures, models, own, plot, show
+from bench import apps, bars, comparison, deployed, many, measures, models, own, plot, show
 from bench.figures import Measure
 from bench.launch import Failed, Service, undisturbed
+from bench.service import say, service_with
+from bench.ways import Pockets
 
-SERVICE = "tensorflow"
-NAMES = ("first-line", "first-result", "round-trip", "memory")
+NAMES = ("first-line", "first-result", "round-trip", "memory", "launch", "scripts", "at-once", "many", "deployed")
+HELD = {"yolov3": apps.OBJECTS}  # the script of a model whose memory is measured
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -58,35 +60,57 @@ def run(wanted: list[str], quick: bool) -> dict[str, Any]:
     """Measure what is wanted. Raises Trouble and Failed."""
     began, load, alone = time.time(), os.getloadavg(), True
     found: dict[str, Measure] = {}
+    missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="pocketd-bench-") as name:
         work = Path(name)
+        work.chmod(0o755)
+        place = apps.directory(work)
         large = () if "memory" not in wanted else ("mobilenet",) if quick else ("yolov3", "resnet152")
+        both = {"yolov3"} if "at-once" in wanted else set()
         say("making the models")
-        files = {model: models.save(model, work) for model in {"mobilenet", *large}}
+        files = {model: models.save(model, work) for model in {"mobilenet", *large, *both}}
+        if "deployed" in wanted:
+            found["deployed"] = deployed.sizes(place)
         if "first-line" in wanted or "first-result" in wanted:
-            with undisturbed() as alone, own.OwnPocketd(work, configuration(work, files["mobilenet"])) as pocketd:
-                found.update(launches(pocketd, wanted, files["mobilenet"], quick))
+            with undisturbed() as alone, service_with(work, {"mobilenet": files["mobilenet"]}) as service:
+                found.update(launches(service, work, wanted, files["mobilenet"], quick))
         if "round-trip" in wanted:
             say("round trip")
-            with own.OwnPocketd(work, configuration(work, files["mobilenet"])) as pocketd:
-                rounds, block = (5, 20) if quick else (40, 50)
-                found["round-trip"] = measures.round_trip(switched_on(pocketd), rounds, block)
+            with service_with(work) as service:
+                found["round-trip"] = measures.round_trip(service, work, *((5, 20) if quick else (40, 50)))
         for model in large:
             say(f"memory, {model}")
-            with own.OwnPocketd(work, configuration(work, files[model])) as pocketd:
-                counts = [1, 2] if quick else [1, 4, 10]
-                found[f"memory-{model}"] = measures.apps_memory(switched_on(pocketd), model, files[model], counts)
+            counts = [1, 2] if quick else [1, 4, 10]
+            with service_with(work, {model: files[model]}) as service:
+                found[f"memory-{model}"] = measures.apps_memory(service, model, files[model], counts)
+            if model in HELD:
+                with service_with(work) as service:
+                    pockets = Pockets(service, work / "pocketd.conf", place)
+                    measures.held_memory(found[f"memory-{model}"], pockets, HELD[model], counts)
+        if "many" in wanted:
+            say("many launches, idle clients")
+            with service_with(work, runtime="python") as service:
+                made = many.launches(service, 200 if quick else 10_000)
+                found.update(zip(("many", "many-cpu", "many-memory"), made, strict=True))
+                made = many.idle(service, 20 if quick else 200, 2.0 if quick else 10.0)
+                found.update(zip(("idle", "idle-cpu"), made, strict=True))
+        if {"launch", "scripts", "at-once"} & set(wanted):
+            wants = {name: file for name, file in files.items() if name in ("mobilenet", *both)}
+            compared, missing = comparison.run(work, place, wants, wanted, quick)
+            found.update(compared)
+    written = {name: measure.wire() for name, measure in found.items()}
     return {
         "machine": machine(),
         "quick": quick,
         "load": {"before": load, "after": os.getloadavg(), "real-time priority": alone},
         "seconds": round(time.time() - began),
-        "measures": {name: measure.wire() for name, measure in found.items()},
+        "missing": missing,
+        "bars": bars.reached(written),
+        "measures": written,
     }
 
 
-def launches(pocketd: own.OwnPocketd, wanted: list[str], file: Path, quick: bool) -> dict[str, Measure]:
-    service = switched_on(pocketd)
+def launches(service: Service, work: Path, wanted: list[str], file: Path, quick: bool) -> dict[str, Measure]:
     found: dict[str, Measure] = {}
     if "first-line" in wanted:
         say("launch to first line")
@@ -96,23 +120,8 @@ def launches(pocketd: own.OwnPocketd, wanted: list[str], file: Path, quick: bool
     if "first-result" in wanted:
         say("launch to first result")
         rounds, count = (1, 8) if quick else (5, 20)
-        found["first-result"] = measures.first_result(service, file, rounds, count)
+        found["first-result"] = measures.first_result(service, work, file, rounds, count)
     return found
-
-
-def configuration(work: Path, file: Path) -> Path:
-    """One service that holds one model, by the name of its file."""
-    path = work / "pocketd.conf"
-    path.write_text(
-        f'[service.{SERVICE}]\nruntime = "tensorflow"\nmodels = {{ {file.stem} = {json.dumps(str(file))} }}\n'
-    )
-    return path
-
-
-def switched_on(pocketd: own.OwnPocketd) -> Service:
-    pocketd.turn_on(SERVICE)
-    scope = own.cgroup2() / pocketd.cgroup / f"pocketd-{SERVICE}.scope"
-    return Service(pocketd.runtime, SERVICE, scope, pocketd.pid)
 
 
 def machine() -> dict[str, Any]:
@@ -139,10 +148,6 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def say(words: str) -> None:
-    print(f"-- {words} ...", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,15 @@ class Measure:
         self.unit = unit
         self.series: dict[str, list[float]] = {}
         self.ratios: dict[str, float] = {}
+        self.pairs: dict[str, list[float]] = {}
+        self.facts: dict[str, Any] = {}
 
     def add(self, name: str, *values: float) -> None:
         self.series.setdefault(name, []).extend(values)
+
+    def pair(self, name: str, value: float) -> None:
+        """A ratio of two values that were taken together: its median is less noisy than a ratio of medians."""
+        self.pairs.setdefault(name, []).append(value)
 
     def median(self, name: str) -> float:
         return statistics.median(self.series[name])
@@ -50,4 +56,6 @@ class Measure:
             "unit": self.unit,
             "series": {name: summary(values) for name, values in self.series.items()},
             "ratios": self.ratios,
+            "pairs": {name: summary(values) for name, values in self.pairs.items()},
+            "facts": self.facts,
         }

@@ -107,8 +107,16 @@ class Service:
         return part
 
 
-def in_worker(control: Control, service: str, program: str, *arguments: str, directory: Path = PROGRAMS) -> Run:
-    """Run a program of `directory` in a worker, from just before the request on the control socket. Raises Failed."""
+def in_worker(
+    control: Control,
+    service: str,
+    program: str,
+    *arguments: str,
+    directory: Path = PROGRAMS,
+    pocket: str | None = None,
+) -> Run:
+    """Run a program of `directory` in a worker, from just before the request on the control socket; `pocket`: which has
+    it by its definition. Raises Failed."""
     with ExitStack() as stack:
         out, theirs = os.pipe()
         stack.callback(os.close, out)
@@ -118,7 +126,7 @@ def in_worker(control: Control, service: str, program: str, *arguments: str, dir
             until_sent.callback(os.close, null)
             start = {
                 "kind": "file",
-                "program": os.fsencode(program),
+                "program": os.fsencode(directory / program if pocket else program),
                 "arguments": [os.fsencode(a) for a in arguments],
                 "environment": [(os.fsencode(k), os.fsencode(v)) for k, v in ENVIRONMENT.items()],
                 "directory": os.fsencode(directory),
@@ -129,8 +137,8 @@ def in_worker(control: Control, service: str, program: str, *arguments: str, dir
             login = open_login(
                 control,
                 mode="program",
-                name=service,
-                directory=str(directory),
+                name=pocket or service,
+                directory=None if pocket else str(directory),
                 start=start,
                 fds=[null, theirs, theirs],
                 mounts=[],

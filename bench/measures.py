@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from bench import launch, models, own
+from bench import launch, models, own, rpc
+from bench.apps import App
 from bench.echo import echo
 from bench.figures import Measure
 from bench.floor import floor
 from bench.launch import ENVIRONMENT, PROGRAMS, Failed, Service
+from bench.ways import Pockets
 from pocketd.client import login
 
 REST = 0.02  # seconds after each launch, in which what it left is cleared away
@@ -96,10 +98,11 @@ def first(results: Any) -> Any:
     return (results[0] if isinstance(results, (list, tuple)) else results).numpy()
 
 
-def first_result(service: Service, file: Path, rounds: int, launches: int) -> Measure:
-    """Launch to the first result of MobileNetV2: an unmodified script, and a client of a service that holds it."""
+def first_result(service: Service, work: Path, file: Path, rounds: int, launches: int) -> Measure:
+    """Launch to the first result of MobileNetV2: an unmodified script, and a client of a service that holds it; and a
+    client of gRPC."""
     measure = Measure("Launch to first result of MobileNetV2", "s")
-    with service.control() as control:
+    with service.control() as control, rpc.server(work, {"mobilenet": file}) as server:
         for round in range(rounds):
             measure.add("monolith, builds", launch.monolith("build.py").result or 0.0)
             loads = launch.monolith("load.py", str(file))
@@ -115,56 +118,83 @@ def first_result(service: Service, file: Path, rounds: int, launches: int) -> Me
                 if round or number:
                     measure.add("client", seconds)
                     measure.add("inference alone", again)
+                    seconds, again, _ = rpc.result(server.address, "mobilenet")
+                    measure.add("gRPC client, from its connection", seconds)
+                    measure.add("gRPC client, inference alone", again)
     measure.compare("monolith, builds", ["program, builds"])
-    measure.compare("monolith, loads", ["client"])
+    measure.compare("monolith, loads", ["client", "gRPC client, from its connection"])
     measure.compare("client", ["inference alone"])
     return measure
 
 
-def round_trip(service: Service, rounds: int, block: int) -> Measure:
+def round_trip(service: Service, work: Path, rounds: int, block: int) -> Measure:
     """One call that does nothing, alone and with 25 MB, beside a bare echo; all three processes on one processor, since
-    a message to another one costs twice as much, and the scheduler would choose."""
+    a message to another one costs twice as much, and the scheduler would choose. GRPC, which has threads on both sides,
+    there and on all processors."""
     measure = Measure("Round trip", "s")
     with ExitStack() as stack:
-        processor = stack.enter_context(launch.one_processor())
-        trip = stack.enter_context(echo())
-        session = stack.enter_context(login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir))
-        for thread in Path(f"/proc/{session.pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {processor})
+        everywhere = _methods(stack, work / "everywhere")
+        with launch.one_processor() as processor:
+            trip = stack.enter_context(echo())
+            session = stack.enter_context(login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir))
+            for thread in Path(f"/proc/{session.pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {processor})
+            there = _methods(stack, work / "there")
         small, big = session.tensor((16,), "float32"), session.tensor(BIG, "float32")
         source = np.zeros(BIG, "float32")
+        few, lot = bytes(64), source.tobytes()
 
         def copied() -> None:
             big.numpy()[...] = source
             session.call("null:take", big)
 
-        series: dict[str, Callable[[], Any]] = {
-            "bare echo": trip,
-            "call": lambda: session.call("null:null"),
-            "call, 64 bytes in the arena": lambda: session.call("null:take", small),
-            "call, 25 MB in the arena": lambda: session.call("null:take", big),
+        less = max(1, block // 10)  # where 25 MB are copied
+        once: dict[str, tuple[int, Callable[[], Any]]] = {
+            "bare echo": (block, trip),
+            "call": (block, lambda: session.call("null:null")),
+            "call, 64 bytes in the arena": (block, lambda: session.call("null:take", small)),
+            "call, 25 MB in the arena": (block, lambda: session.call("null:take", big)),
+            "call, 25 MB copied in": (less, copied),
+            "25 MB copied alone": (less, lambda: np.copyto(big.numpy(), source)),
+            "gRPC, 64 bytes, one processor": (block, lambda: there(few)),
+            "gRPC, 25 MB, one processor": (less, lambda: there(lot)),
         }
-        clock = time.perf_counter
+        spread: dict[str, tuple[int, Callable[[], Any]]] = {
+            "gRPC, 64 bytes": (block, lambda: everywhere(few)),
+            "gRPC, 25 MB": (less, lambda: everywhere(lot)),
+        }
         for round in range(rounds + 1):
-            for name, function in series.items():
-                for _ in range(block):
-                    began = clock()
-                    function()
-                    if round:
-                        measure.add(name, clock() - began)
-            for _ in range(max(1, block // 10)):
-                began = clock()
-                copied()
-                copied_in = clock() - began
-                began = clock()
-                big.numpy()[...] = source
-                if round:
-                    measure.add("call, 25 MB copied in", copied_in)
-                    measure.add("25 MB copied alone", clock() - began)
+            with launch.one_processor():
+                _timed(measure, once, bool(round))
+            _timed(measure, spread, bool(round))
     measure.compare("call", ["bare echo"])
     measure.compare("call, 25 MB in the arena", ["bare echo", "call, 64 bytes in the arena"])
     measure.compare("call, 25 MB copied in", ["25 MB copied alone"])
+    for name in ("gRPC, 64 bytes", "gRPC, 64 bytes, one processor"):
+        measure.compare(name, ["call, 64 bytes in the arena"])
+    for name in ("gRPC, 25 MB", "gRPC, 25 MB, one processor"):
+        measure.compare(name, ["call, 25 MB in the arena", "call, 25 MB copied in"])
     return measure
+
+
+def _methods(stack: ExitStack, place: Path) -> Any:
+    """A method of a gRPC server that takes bytes and gives none, by a channel that has its threads."""
+    place.mkdir()
+    channel = rpc.Channel(stack.enter_context(rpc.server(place, {})).address)
+    stack.callback(channel.close)
+    method = channel.method("null")
+    method(b"")
+    return method
+
+
+def _timed(measure: Measure, series: dict[str, tuple[int, Callable[[], Any]]], keep: bool) -> None:
+    clock = time.perf_counter
+    for name, (times, function) in series.items():
+        for _ in range(times):
+            began = clock()
+            function()
+            if keep:
+                measure.add(name, clock() - began)
 
 
 def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> Measure:
@@ -212,6 +242,36 @@ def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> M
         pockets = _many(count, "pocket")
         measure.compare(_many(count, "monolith"), [pockets, f"{pockets}, idle"])
     return measure
+
+
+def held_memory(measure: Measure, pockets: Pockets, app: App, counts: list[int]) -> None:
+    """The same of so many runs of a held script at once, in a service without models: each has its weights from the
+    pocket's template."""
+    with pockets.holding(app, 0), ExitStack() as stack:
+        runs: list[subprocess.Popen[bytes]] = []
+        for count in counts:
+            while len(runs) < count:
+                runs.append(
+                    subprocess.Popen(
+                        [str(own.BIN / "pocket"), app.name, *app.words, "--hold"],
+                        cwd=pockets.place,
+                        env=pockets.environment,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                    )
+                )
+                stack.callback(_end, runs[-1])
+                process = runs[-1]
+                assert process.stdout
+                if not process.stdout.readline():
+                    raise Failed(f"{app.program} in a pocket has no result")
+            held = _many(count, "held pocket")
+            everything = own.memory([*(run.pid for run in runs), *pockets.service.processes()])
+            measure.add(held, everything.pss)
+            workers = [own.memory([pid]).private for pid in _workers(pockets.service)]
+            measure.add(f"{held}, private of one worker", *workers)
+            measure.compare(_many(count, "monolith"), [held])
 
 
 def _client(service: Service, name: str) -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path += [str(EXAMPLES / "faces"), str(EXAMPLES / "yolov3")]
 
-from measure import Memory, memory  # noqa: E402
+from measure import Memory, distributions_size, memory  # noqa: E402
 from own_pocketd import BIN, OwnPocketd, Trouble, cgroup2  # noqa: E402
 
-__all__ = ["BIN", "EXAMPLES", "Memory", "OwnPocketd", "Trouble", "cgroup2", "memory"]
+__all__ = ["BIN", "EXAMPLES", "Memory", "OwnPocketd", "Trouble", "cgroup2", "distributions_size", "memory"]

@@ -1,0 +1,171 @@
+"""What is to be reached, as ratios, beside what was; read from results as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Measures = dict[str, Any]
+
+
+def median(measures: Measures, measure: str, series: str) -> float:
+    return float(measures[measure]["series"][series]["median"])
+
+
+def ratio(one: tuple[str, str], other: tuple[str, str]) -> Callable[[Measures], float]:
+    """Of the medians of two (measure, series)."""
+    return lambda measures: median(measures, *one) / median(measures, *other)
+
+
+def pairs(measure: str, name: str) -> Callable[[Measures], float]:
+    return lambda measures: float(measures[measure]["pairs"][name]["median"])
+
+
+def many(measure: str, one: str, other: str) -> Callable[[Measures], float]:
+    """Ratio at the largest number of apps that there is."""
+
+    def value(measures: Measures) -> float:
+        count = most(measures[measure])
+        return median(measures, measure, f"{count} {one}") / median(measures, measure, f"{count} {other}")
+
+    return value
+
+
+def most(measure: dict[str, Any]) -> int:
+    return max(int(name.split()[0]) for name in measure["series"])
+
+
+def memory(measures: Measures) -> float:
+    """Of the leanest way of pocketd's."""
+    measure = "memory-yolov3"
+    count = most(measures[measure])
+    pockets = [f"{count} {name}" for name in ("pockets", "held pockets")]
+    least = min(median(measures, measure, name) for name in pockets if name in measures[measure]["series"])
+    return median(measures, measure, f"{count} monoliths") / least
+
+
+def rpc(series: str, ours: str) -> Callable[[Measures], float]:
+    """gRPC where it is soonest: on one processor with its client, or on all."""
+
+    def value(measures: Measures) -> float:
+        there = [f"gRPC, {series}", f"gRPC, {series}, one processor"]
+        return min(median(measures, "round-trip", name) for name in there) / median(measures, "round-trip", ours)
+
+    return value
+
+
+LEAST, MOST = "at least", "at most"
+IMPORTED, PREDICT = "launch", "script-predict"
+# Of each: what it is, whether its value is to be at least or at most the bar, the bar, and the value.
+BARS: list[tuple[str, str, float, Callable[[Measures], float]]] = [
+    (
+        "python with its import of TensorFlow / `pocket NAME` from a slot, each a whole command, to the first line",
+        LEAST,
+        500,
+        ratio((IMPORTED, "python"), (IMPORTED, "pocket, slot")),
+    ),
+    (
+        "python in crun with its import / request on the control socket to first line, slot",
+        LEAST,
+        2000,
+        ratio((IMPORTED, "python in crun"), ("request", "slot")),
+    ),
+    (
+        "python in crun with its import / request on the control socket to first line, on demand",
+        LEAST,
+        300,
+        ratio((IMPORTED, "python in crun"), ("request", "on demand")),
+    ),
+    (
+        "python / held slot: predict.py (Keras, MobileNetV2) from its start to its exit, the same output",
+        LEAST,
+        40,
+        ratio((PREDICT, "python"), (PREDICT, "pocket, held slot")),
+    ),
+    (
+        "first result of MobileNetV2 in a held slot less its steady state, predict(), milliseconds",
+        MOST,
+        10,
+        lambda measures: 1e3 * median(measures, "first-look-predict", "first less steady"),
+    ),
+    (
+        "first result of MobileNetV2 in a held slot less its steady state, tf.function, milliseconds",
+        MOST,
+        10,
+        lambda measures: 1e3 * median(measures, "first-look-function", "first less steady"),
+    ),
+    (
+        "first result of YOLOv3 in a held slot / its steady state, paired",
+        MOST,
+        1.05,
+        pairs("first-look-objects", "first / steady"),
+    ),
+    (
+        "monolith's start to its result / client's login to its result, MobileNetV2",
+        LEAST,
+        150,
+        ratio(("first-result", "monolith, loads"), ("first-result", "client")),
+    ),
+    ("memory (PSS) of YOLOv3 monoliths / of as many pockets with all templates", LEAST, 7, memory),
+    (
+        "processor time of predict.py as monoliths / from held slots, so many at once",
+        LEAST,
+        20,
+        many("at-once-predict-cpu", "python", "pocket, held slot"),
+    ),
+    (
+        "page faults of predict.py as monoliths / from held slots, making those included",
+        LEAST,
+        7,
+        many("at-once-predict-faults", "python", "pocket, held slot"),
+    ),
+    (
+        "page faults of function.py (tf.function) as monoliths / from held slots, making those included",
+        LEAST,
+        12,
+        many("at-once-function-faults", "python", "pocket, held slot"),
+    ),
+    ("gRPC / call, a tensor of 25 MB that is in the arena", LEAST, 100, rpc("25 MB", "call, 25 MB in the arena")),
+    ("gRPC / call, small", LEAST, 10, rpc("64 bytes", "call, 64 bytes in the arena")),
+    ("call / a bare echo of msgpack", MOST, 2, ratio(("round-trip", "call"), ("round-trip", "bare echo"))),
+    (
+        "inference without a pause in a worker / in a process of its own, paired",
+        MOST,
+        1.02,
+        pairs("busy", "pocket run / python"),
+    ),
+    (
+        "latency of a launch, the last tenth of many in a row / the first",
+        MOST,
+        1.1,
+        ratio(("many", "tenth 10"), ("many", "tenth 1")),
+    ),
+    (
+        "pocketd's processor time of a launch, the last tenth / the first",
+        MOST,
+        1.1,
+        ratio(("many-cpu", "tenth 10"), ("many-cpu", "tenth 1")),
+    ),
+    (
+        "pocketd's memory, after the last tenth / after the first",
+        MOST,
+        1.1,
+        ratio(("many-memory", "tenth 10"), ("many-memory", "tenth 1")),
+    ),
+]
+
+
+def reached(measures: Measures) -> list[dict[str, Any]]:
+    """All bars whose measures there are."""
+    found = []
+    for what, kind, bar, value in BARS:
+        try:
+            got = value(measures)
+        except (KeyError, ValueError):
+            continue  # not measured in this run
+        found.append({"what": what, "kind": kind, "bar": bar, "value": got, "reached": _reaches(kind, bar, got)})
+    return found
+
+
+def _reaches(kind: str, bar: float, value: float) -> bool:
+    return value >= bar if kind == LEAST else value <= bar
