@@ -1,7 +1,8 @@
 """usage: python -m bench [--quick] [--only MEASURE ...] [--results DIRECTORY]
 
-Every measure beside the monolith and beside its floor, in one run against a pocketd of its own. Writes results.json and
-results.png to bench/results, and prints the ratios. --quick does little of everything, to see that it works.
+Every measure beside the monolith and beside its floor, in one run against a pocketd of its own. Writes results.json
+and plots to bench/results, and prints the ratios and which bars they reach. --quick does little of everything, to see
+that it works.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def main() -> int:
         return 130
     arguments.results.mkdir(parents=True, exist_ok=True)
     (arguments.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot.draw(results, arguments.results / "results.png")
+    plots = plot.draw(results, arguments.results)
     print(show.text(results))
-    print(f"\n{os.path.relpath(arguments.results)}/results.json, results.png")
+    print(f"\n{os.path.relpath(arguments.results)}: {', '.join(['results.json', *plots])}")
     return 0
 
 

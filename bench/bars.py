@@ -126,7 +126,7 @@ BARS: list[tuple[str, str, float, Callable[[Measures], float]]] = [
         many("at-once-function-faults", "python", "pocket, held slot"),
     ),
     ("gRPC / call, a tensor of 25 MB that is in the arena", LEAST, 100, rpc("25 MB", "call, 25 MB in the arena")),
-    ("gRPC / call, small", LEAST, 10, rpc("64 bytes", "call, 64 bytes in the arena")),
+    ("gRPC / call, nothing in either", LEAST, 10, rpc("no bytes", "call")),
     ("call / a bare echo of msgpack", MOST, 2, ratio(("round-trip", "call"), ("round-trip", "bare echo"))),
     (
         "inference without a pause in a worker / in a process of its own, paired",

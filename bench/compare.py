@@ -91,7 +91,7 @@ def at_once(app: App, ways: Sequence[Way], counts: Sequence[int]) -> dict[str, M
     for count in counts:
         for way in ways:
             way.settle()
-            standing = own.memory(way.standing()).pss
+            standing = usage.anonymous(way.standing())
             before, joules = way.used(), usage.joules()
             with usage.Peak() as most:
                 ended = together([lambda way=way: way.start(app)] * count)  # type: ignore[misc]

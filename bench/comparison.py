@@ -83,11 +83,11 @@ def at_once(pockets: Pockets, peers: Sequence[Way], server: rpc.Rpc, quick: bool
         (DETECT_FACES, [*every, pockets.client("faces")], [1, 4, 10], 4),
     ]
     for app, ways_of_it, counts, warm in plan:
-        if quick and app in (DETECT_OBJECTS, OBJECTS):
+        if quick and app is not PREDICT:
             continue
         say(f"{app.program}, many at once")
         with compare.held(pockets, app, 4 if quick else warm) as making:
             found[f"making-{app.name}-{warm}"] = making
-            made = compare.at_once(app, ways_of_it, [1, 4] if quick else counts)
+            made = compare.at_once(app, ways_of_it, [2] if quick else counts)
             found.update({f"at-once-{app.name}{kind}": measure for kind, measure in made.items()})
     return found

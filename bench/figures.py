@@ -23,6 +23,21 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+_UNITS = {
+    "s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)),
+    "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)),
+}
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits, with the unit's prefix; what has no prefixes as a whole number."""
+    if unit not in _UNITS:
+        return f"{round(value):,} {unit}".replace(",", " ").rstrip()
+    scales = _UNITS[unit]
+    name, scale = next((pair for pair in scales if abs(value) >= pair[1]), scales[-1])
+    return f"{value / scale:.3g} {name}"
+
+
 class Measure:
     """One thing measured several ways in one run: series of values by name, in one unit."""
 

@@ -156,10 +156,12 @@ def round_trip(service: Service, work: Path, rounds: int, block: int) -> Measure
             "call, 25 MB in the arena": (block, lambda: session.call("null:take", big)),
             "call, 25 MB copied in": (less, copied),
             "25 MB copied alone": (less, lambda: np.copyto(big.numpy(), source)),
+            "gRPC, no bytes, one processor": (block, lambda: there(b"")),
             "gRPC, 64 bytes, one processor": (block, lambda: there(few)),
             "gRPC, 25 MB, one processor": (less, lambda: there(lot)),
         }
         spread: dict[str, tuple[int, Callable[[], Any]]] = {
+            "gRPC, no bytes": (block, lambda: everywhere(b"")),
             "gRPC, 64 bytes": (block, lambda: everywhere(few)),
             "gRPC, 25 MB": (less, lambda: everywhere(lot)),
         }
@@ -170,6 +172,8 @@ def round_trip(service: Service, work: Path, rounds: int, block: int) -> Measure
     measure.compare("call", ["bare echo"])
     measure.compare("call, 25 MB in the arena", ["bare echo", "call, 64 bytes in the arena"])
     measure.compare("call, 25 MB copied in", ["25 MB copied alone"])
+    for name in ("gRPC, no bytes", "gRPC, no bytes, one processor"):
+        measure.compare(name, ["call"])
     for name in ("gRPC, 64 bytes", "gRPC, 64 bytes, one processor"):
         measure.compare(name, ["call, 64 bytes in the arena"])
     for name in ("gRPC, 25 MB", "gRPC, 25 MB, one processor"):

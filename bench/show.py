@@ -10,17 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import peers
+from bench.figures import quantity
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def quantity(value: float, unit: str) -> str:
-    """With its prefix, three digits."""
-    if unit == "bytes":
-        return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
-    for name, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale or name == "us":
-            return f"{value / scale:.3g} {name}"
-    raise AssertionError(value)
 
 
 def rows(measure: dict[str, Any]) -> list[list[str]]:
@@ -41,8 +34,33 @@ def text(results: dict[str, Any]) -> str:
         table = [[measure["title"], "median", "p99", "count"], *rows(measure)]
         widths = [max(len(row[column]) for row in table) for column in range(4)]
         lines += ["", *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)]
-        lines += [f"  {name}: {ratio(value)}" for name, value in measure["ratios"].items()]
+        lines += [f"  {words}" for words in said(measure, "")]
+    lines += ["", *(bar_line(bar) for bar in results["bars"])]
+    lines += [
+        "",
+        "Where a peer does better:",
+        *(f"  {line.replace('**', '')}" for line in peers.wins(results["measures"])),
+    ]
+    lines += [f"Not there: {name}: {why}" for name, why in results["missing"].items()]
     return "\n".join(lines)
+
+
+def said(measure: dict[str, Any], mark: str) -> list[str]:
+    """Ratios of medians, medians of ratios, and what else is to be said of a measure."""
+    found = [f"{name}: {mark}{ratio(value)}{mark}" for name, value in measure["ratios"].items()]
+    found += [f"{name}, median of pairs: {mark}{ratio(s['median'])}{mark}" for name, s in measure["pairs"].items()]
+    return found + [f"{name}: {shown(value)}" for name, value in measure["facts"].items() if value is not None]
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def bar_line(bar: dict[str, Any]) -> str:
+    verdict = "reached" if bar["reached"] else "NOT REACHED"
+    return f"{verdict:<12} {ratio(bar['value']):>6}  {bar['kind']} {bar['bar']:g}: {bar['what']}"
 
 
 def page(results: dict[str, Any]) -> str:
@@ -63,11 +81,17 @@ def page(results: dict[str, Any]) -> str:
         f"| load average before, after | {load['before'][0]:.1f}, {load['after'][0]:.1f}, in {results['seconds']} s |",
         f"| launches at real-time priority | {'yes' if load['real-time priority'] else 'no'} |",
     ]
+    lines += ["", "## Bars", "", "| | measured | bar | |", "|---|---:|---:|---|"]
+    for bar in results["bars"]:
+        verdict = "reached" if bar["reached"] else "**not reached**"
+        lines.append(f"| {bar['what']} | {ratio(bar['value'])} | {bar['kind']} {bar['bar']:g} | {verdict} |")
+    lines += ["", "## Where a peer does better", "", *(f"- {line}" for line in peers.wins(results["measures"]))]
+    lines += [f"- Not there: {name}: {why}" for name, why in results["missing"].items()]
     for measure in results["measures"].values():
         lines += ["", f"## {measure['title']}", ""]
         lines += ["| | median | p99 | count |", "|---|---:|---:|---:|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows(measure)]
-        lines += ["", *(f"- {name}: **{ratio(value)}**" for name, value in measure["ratios"].items())]
+        lines += ["", *(f"- {words}" for words in said(measure, "**"))]
     lines += ["", *_MEANINGS.splitlines()]
     return "\n".join(lines) + "\n"
 
@@ -88,9 +112,18 @@ _MEANINGS = """\
 - **Client**: from before `login()` to the result in the client's memory, of a model that the service holds. The
   monolith loads the same file and calls the model once, directly. **Inference alone** is the same call again.
 - **Round trip**: `session.call` of a function that does nothing; the echo packs and unpacks the same maps.
-  All on one processor.
+  All on one processor. **gRPC**: a method that does nothing with bytes, on a unix socket, there and on all processors.
 - **Memory**: sum of PSS; pockets with their clients, the service's init and its templates. Idle: a second after the
   last call. Private: what no other process maps, of one.
+- **Ways**: `python PROGRAM`; the same in **crun**, all namespaces, without cgroups; an **os.fork zygote** that has
+  imported TensorFlow, as SOCK's, from the request to it; a command by **ssh** in a service's container, as Pocket-ssh;
+  a client of **gRPC** before a process that holds the model, as Pocket-rpc; **`pocket run`**, on demand; `pocket NAME`
+  from a **slot** that has TensorFlow imported; from a **held slot**: at a checkpoint, rehearsed, its pages its own; a
+  **client** of a service that holds the model. Pockets have their full isolation everywhere.
+- **So many at once**: from the start of each process to its exit. Processor time and page faults (minor) are of all
+  processes, of what serves them too, and of making as many slots as were taken. Memory at its peak: by how much the
+  host's MemAvailable fell, and what stood before (anonymous PSS of templates, slots, servers).
+- **Deployed**: what an app's own container has to carry, without Python itself.
 """
 
 RESULTS, PAGE = ROOT / "bench/results/results.json", ROOT / "docs/performance.md"

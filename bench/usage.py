@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -52,6 +53,19 @@ def available() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError("the kernel does not say what memory is available")
+
+
+def anonymous(pids: Iterable[int]) -> int:
+    """Bytes that processes hold of what is no file's, shared pages once (proc_pid_smaps(5)): what they keep from being
+    available. Those that have just ended hold nothing."""
+    held = 0
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        held += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return held
 
 
 class Peak:
