@@ -27,7 +27,7 @@ from bench.service import say, service_with
 from bench.ways import Pockets
 
 NAMES = ("first-line", "first-result", "round-trip", "memory", "launch", "scripts", "at-once", "many", "deployed")
-HELD = {"yolov3": apps.OBJECTS}  # the script of a model whose memory is measured
+HELD = {"yolov3": apps.OBJECTS, "mobilenet": apps.FUNCTION}  # scripts that are held with a model in memory
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

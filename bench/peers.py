@@ -11,7 +11,8 @@ Measures = dict[str, Any]
 Medians = dict[str, float]
 
 _FORKS = (
-    "it forks and does nothing else: no namespace, cgroup, identity, mount or filter is made, and no command started"
+    "it forks and does nothing else: no command is started, no namespace, cgroup, identity, mount or filter is made, "
+    "and no model stands ready"
 )
 _ONE = "one process computes for all its clients: no worker is made, and none has limits, files or a failure of its own"
 _ALONE = "what pocketd has standing, its templates and slots, is there for one app as for many"

@@ -98,6 +98,7 @@ def lines(measures: dict[str, Any], path: Path) -> None:
             measure = measures[f"{app}{kind}"]
             for way, points in _by_way(measure).items():
                 axis.plot([n for n, _ in points], [value for _, value in points], "o-", label=way, markersize=3)
+            axis.set_xticks(sorted({n for points in _by_way(measure).values() for n, _ in points}))
             axis.set_yscale("log")
             axis.set_title(f"{app.removeprefix(_AT_ONCE)}: {words}", fontsize=9, loc="left", fontweight="bold")
             unit = measure["unit"]
