@@ -73,13 +73,13 @@ def scripts(app: App, pockets: Pockets, ways: Sequence[Way], rounds: int) -> Mea
             if ended.out != expected:
                 unlike.add(way.name)
             measure.add(way.name, ended.seconds)
-    measure.facts["prints something else"] = sorted(unlike)
+    measure.facts = {"prints something else": sorted(unlike), **pockets.came(app)}
     for way in ways[1:]:
         measure.compare(ways[0].name, [way.name])
     return measure
 
 
-def at_once(app: App, ways: Sequence[Way], counts: Sequence[int]) -> dict[str, Measure]:
+def at_once(app: App, pockets: Pockets, ways: Sequence[Way], counts: Sequence[int]) -> dict[str, Measure]:
     """So many of an app at once, one inference each: when each has ended, and what all of them used, with all that
     serves them; slots that they took are made anew before it is counted."""
     title = app.program
@@ -105,6 +105,7 @@ def at_once(app: App, ways: Sequence[Way], counts: Sequence[int]) -> dict[str, M
             peak.add(name, most.bytes + standing)
             if joules is not None:
                 energy.add(name, (usage.joules() or 0.0) - joules)
+    each.facts = {**pockets.came(app)}
     found = {"": each, "-cpu": cpu, "-faults": faults, "-peak": peak, **({"-energy": energy} if energy.series else {})}
     for measure in found.values():
         for count in counts:
@@ -124,6 +125,7 @@ def first_looks(app: App, pockets: Pockets, rounds: int) -> Measure:
         measure.add("steady", steady)
         measure.add("first less steady", said["first"] - steady)
         measure.pair("first / steady", said["first"] / steady)
+    measure.facts = {**pockets.came(app)}
     measure.compare("first", ["steady"])
     return measure
 

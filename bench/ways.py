@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,10 @@ from bench import apps, crun, own, sshd, usage, zygote
 from bench.apps import PHOTO, App
 from bench.fetched import Missing
 from bench.launch import ENVIRONMENT, Failed, Service
-from bench.started import Started, process
+from bench.started import Started, process, together
 from bench.usage import Used
 
+TRIED = "now.py"  # the program by which a peer shows that it works
 PATIENCE = 180.0  # seconds until a pocket is held, or its slots are there again
 
 
@@ -34,18 +36,19 @@ class Way:
 
 
 def peers(stack: ExitStack, work: Path, place: Path) -> tuple[list[Way], dict[str, str]]:
-    """The monolith and the peers that are there, until `stack` is closed; and why others are not. `work`: made for what
-    they need."""
+    """The monolith and the peers that are there, until `stack` is closed; and why others are not. `work` is
+    where they may write."""
 
     def python(app: App) -> Started:
         return process([sys.executable, app.program, *app.words], place, ENVIRONMENT)
 
-    work.mkdir()
+    work = Path(tempfile.mkdtemp(prefix="peers-", dir=work))
     found, missing = [Way("python", python)], {}
     try:
         container = crun.Crun(work, [Path(sys.prefix), place])
+        together([lambda: container.start(place, TRIED)])
         found.append(Way("python in crun", lambda app: container.start(place, app.program, *app.words)))
-    except Missing as e:
+    except (Missing, Failed) as e:
         missing["python in crun"] = str(e)
     plain = stack.enter_context(zygote.zygote())
     found.append(
@@ -58,28 +61,30 @@ def peers(stack: ExitStack, work: Path, place: Path) -> tuple[list[Way], dict[st
     )
     try:
         server = stack.enter_context(sshd.sshd(work))
+        together([lambda: server.start(place, TRIED)])
 
         def ssh(app: App) -> Started:
             return server.start(place, app.program, *app.words)
 
         found.append(Way("ssh", ssh, server.used, server.settle, lambda: [server.pid]))
-    except Missing as e:
+    except (Missing, Failed) as e:
         missing["ssh"] = str(e)
     return found, missing
 
 
 class Pockets:
-    """The ways of one pocketd, with a service that is on; `config` is its configuration, which defines apps while they
-    are held."""
+    """The ways of one pocketd, with a service that is on; `work` has its configuration, which defines apps while they
+    are held, and its log."""
 
-    def __init__(self, service: Service, config: Path, place: Path):
+    def __init__(self, service: Service, work: Path, place: Path):
         self.service = service
         self.place = place
         self.environment = {**ENVIRONMENT, "POCKETD_RUNTIME_DIR": service.runtime_dir}
         self.on_demand = self._way("pocket run", self._run)
         self.slot = self._way("pocket, slot", lambda app: self.command(f"{app.name}-imported", *app.words))
         self.held = self._way("pocket, held slot", lambda app: self.command(app.name, *app.words))
-        self._config, self._base = config, config.read_text()
+        self._config, self._log = work / "pocketd.conf", work / "pocketd.log"
+        self._base, self._mark = self._config.read_text(), 0
         self._names: list[str] = []
 
     def _way(self, name: str, start: Callable[[App], Started]) -> Way:
@@ -102,6 +107,7 @@ class Pockets:
     @contextmanager
     def holding(self, app: App, warm: int) -> Iterator[dict[str, Any]]:
         """Its template and its slots, made and given up; what pocketd says of it."""
+        self._mark = self._log.stat().st_size
         try:
             self._define(apps.definitions(self.service.name, self.place, app, warm))
             self._names = [app.name, f"{app.name}-imported"] if warm else [app.name]
@@ -113,6 +119,14 @@ class Pockets:
             self._names = []
             self._define("")
             self.settle()
+
+    def came(self, app: App) -> dict[str, int]:
+        """Since it is held: how many of its runs came from a slot, and how many another way."""
+        with open(self._log) as log:
+            log.seek(self._mark)
+            lines = [line for line in log if " session-started " in line and f" pocket={app.name} " in line]
+        slots = sum("way=slot" in line for line in lines)
+        return {"from slots": slots, "another way": len(lines) - slots}
 
     def _define(self, definitions: str) -> None:
         self._config.write_text(f"{self._base}\n{definitions}")

@@ -1,0 +1,181 @@
+"""The parts of a run, which `--only` names: each has a pocketd of its own, and leaves what it has measured."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import apps, compare, deployed, many, measures, models, own, rpc, ways
+from bench.apps import DETECT_FACES, DETECT_OBJECTS, FUNCTION, OBJECTS, PREDICT, App
+from bench.figures import Measure
+from bench.launch import ENVIRONMENT, Failed, undisturbed
+from bench.service import say, service_with
+from bench.started import Started, process
+from bench.ways import Pockets, Way
+
+# Scripts that are held with a model in memory, by the model.
+HELD = {"yolov3": OBJECTS, "mobilenet": FUNCTION}
+
+
+@dataclass
+class Run:
+    """One run: a directory for what it needs, what it has found, and what it could not measure, with the reason."""
+
+    work: Path
+    quick: bool
+    found: dict[str, Measure] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    undisturbed: bool = True
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.place = apps.directory(self.work)
+
+    def model(self, name: str) -> Path:
+        """Its file, made when it is first asked for."""
+        if name not in self.files:
+            say(f"making the model {name}")
+            self.files[name] = models.save(name, self.work)
+        return self.files[name]
+
+    def few(self, quick: int, else_: int) -> int:
+        return quick if self.quick else else_
+
+    def part(self, name: str) -> None:
+        """Where it fails, what it has measured so far stays, and the others go on."""
+        say(name)
+        try:
+            PARTS[name](self)
+        except (own.Trouble, Failed, OSError, subprocess.SubprocessError) as e:
+            self.missing[name] = f"{type(e).__name__}: {e}"
+            say(f"{name} failed: {e}")
+
+
+@contextmanager
+def pockets_of(run: Run, *names: str, alone: bool) -> Iterator[tuple[Pockets, list[Way], ExitStack]]:
+    """Those of a service with these models and the detector of faces, and the peers; `alone`: before all else that this
+    machine does. The stack is for what is to end with them."""
+    held: dict[str, Path | str] = {name: run.model(name) for name in names}
+    with ExitStack() as stack:
+        if alone:
+            run.undisturbed &= stack.enter_context(undisturbed())
+        service = stack.enter_context(service_with(run.work, {**held, "faces": "mtcnn:MTCNN"}))
+        peers, missing = ways.peers(stack, run.work, run.place)
+        run.missing.update(missing)
+        yield Pockets(service, run.work, run.place), peers, stack
+
+
+# -- what pocketd takes, beside its floors
+
+
+def first_line(run: Run) -> None:
+    with undisturbed() as alone, service_with(run.work) as service:
+        run.undisturbed &= alone
+        made = measures.first_line(service, own.BIN / "pocket", run.few(2, 6), run.few(10, 20))
+        run.found.update(zip(("first-line", "command", "cpu"), made, strict=True))
+
+
+def first_result(run: Run) -> None:
+    file = run.model("mobilenet")
+    with undisturbed() as alone, service_with(run.work, {"mobilenet": file}) as service:
+        run.undisturbed &= alone
+        run.found["first-result"] = measures.first_result(service, run.work, file, run.few(1, 5), run.few(8, 20))
+
+
+def round_trip(run: Run) -> None:
+    with service_with(run.work) as service:
+        run.found["round-trip"] = measures.round_trip(service, run.work, run.few(5, 40), run.few(20, 50))
+
+
+def memory(run: Run) -> None:
+    counts = [1, 2] if run.quick else [1, 4, 10]
+    for name in ("mobilenet",) if run.quick else ("yolov3", "resnet152"):
+        file = run.model(name)
+        with service_with(run.work, {name: file}) as service:
+            measure = run.found[f"memory-{name}"] = measures.apps_memory(service, name, file, counts)
+        if name in HELD:
+            with service_with(run.work) as service:
+                measures.held_memory(measure, Pockets(service, run.work, run.place), HELD[name], counts)
+
+
+def many_launches(run: Run) -> None:
+    with undisturbed(), service_with(run.work, runtime="python") as service:
+        made = many.launches(service, run.few(200, 10_000))
+        run.found.update(zip(("many", "many-cpu", "many-memory"), made, strict=True))
+        made = many.idle(service, run.few(20, 200), run.few(2, 10))
+        run.found.update(zip(("idle", "idle-cpu"), made, strict=True))
+
+
+# -- beside its peers
+
+
+def sizes(run: Run) -> None:
+    run.found["deployed"] = deployed.sizes(run.place)
+
+
+def launches(run: Run) -> None:
+    with pockets_of(run, alone=True) as (pockets, peers, _):
+        made = compare.launches(pockets, peers, run.few(1, 5), run.few(5, 20))
+        run.found.update(zip(("launch-begun", "launch", "request"), made, strict=True))
+
+
+def scripts(run: Run) -> None:
+    """Whole scripts, their first results, and inference without a pause."""
+    with pockets_of(run, alone=True) as (pockets, peers, _):
+        every = [*peers, pockets.on_demand, pockets.slot, pockets.held]
+        two = [peers[0], pockets.held]
+        plan = [(PREDICT, every, 4), (FUNCTION, two, 3)]
+        if not run.quick:
+            plan += [(OBJECTS, two, 3), (DETECT_OBJECTS, every, 2), (DETECT_FACES, every, 2)]
+        for app, ways_of_it, rounds in plan:
+            say(f"{app.program} from start to exit")
+            with compare.held(pockets, app, 2) as making:
+                run.found[f"making-{app.name}"] = making
+                run.found[f"script-{app.name}"] = compare.scripts(app, pockets, ways_of_it, run.few(1, rounds))
+                if app in (PREDICT, FUNCTION, OBJECTS):
+                    looks = compare.first_looks(app, pockets, run.few(3, 8 if app is OBJECTS else 20))
+                    run.found[f"first-look-{app.name}"] = looks
+        say("inference without a pause")
+        run.found["busy"] = compare.busy(pockets, run.few(3, 20), run.few(20, 40))
+
+
+def at_once(run: Run) -> None:
+    with pockets_of(run, "mobilenet", *(() if run.quick else ("yolov3",)), alone=False) as (pockets, peers, stack):
+        server = stack.enter_context(rpc.server(run.work, run.files))
+        every, two = [*peers, pockets.on_demand, pockets.held], [peers[0], pockets.held]
+        plan: list[tuple[App, list[Way], list[int], int]] = [
+            (PREDICT, [*every, pockets.client("mobilenet"), rpc_client(server, "mobilenet")], [1, 4, 10, 20], 20),
+            (FUNCTION, two, [20], 20),
+            (DETECT_OBJECTS, every, [1, 4, 10], 2),
+            (OBJECTS, [*two, pockets.client("yolov3"), rpc_client(server, "yolov3")], [1, 4, 10], 4),
+            (DETECT_FACES, [*every, pockets.client("faces")], [1, 4, 10], 4),
+        ]
+        for app, ways_of_it, counts, warm in plan[:1] if run.quick else plan:
+            say(f"{app.program}, many at once")
+            with compare.held(pockets, app, run.few(4, warm)) as making:
+                run.found[f"making-{app.name}-{run.few(4, warm)}"] = making
+                made = compare.at_once(app, pockets, ways_of_it, [2] if run.quick else counts)
+                run.found.update({f"at-once-{app.name}{kind}": measure for kind, measure in made.items()})
+
+
+def rpc_client(server: rpc.Rpc, model: str) -> Way:
+    def start(_: App) -> Started:
+        return process(server.command(model), rpc.ROOT, ENVIRONMENT)
+
+    return Way("gRPC client", start, server.used, standing=lambda: [server.pid])
+
+
+PARTS: dict[str, Callable[[Run], None]] = {
+    "deployed": sizes,
+    "first-line": first_line,
+    "launch": launches,
+    "first-result": first_result,
+    "scripts": scripts,
+    "at-once": at_once,
+    "memory": memory,
+    "round-trip": round_trip,
+    "many": many_launches,
+}
