@@ -11,6 +11,8 @@ import fcntl
 import os
 import stat
 
+from nsutil.syscalls import libc
+
 # linux/fcntl.h (fcntl exports these from Python 3.8 on Linux)
 F_ADD_SEALS = 1033
 F_GET_SEALS = 1034
@@ -92,3 +94,21 @@ def trim() -> None:
     except AttributeError:
         return
     _malloc_trim(ctypes.c_size_t(0))
+
+
+_MADV_COLLAPSE = 25  # asm-generic/mman-common.h, Linux 6.1
+
+
+def collapse() -> None:
+    """Make huge pages of this process's anonymous memory, of each 2 MiB where there is anything: a fork then copies one
+    entry instead of 512. The pages are its own afterwards, also where it shared them. madvise(2), MADV_COLLAPSE; an
+    older kernel, or one that is short of huge pages, leaves all as it is."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            addresses, rights, _, _, inode, *name = line.split(None, 5)
+            if rights == "rw-p" and inode == "0" and name != ["[stack]\n"]:
+                start, _, end = addresses.partition("-")
+                found.append((int(start, 16), int(end, 16)))
+    for first, last in found:
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)

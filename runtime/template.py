@@ -89,6 +89,8 @@ def warm(template: Template) -> None:
         randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
         gc.collect()
         memory.trim()  # what loading needed is not to be carried by every worker
+        if not template.ancestors:
+            memory.collapse()  # a warmer one shares these pages, and would have them twice
         gc.freeze()
         gc.disable()
     except BaseException as e:
