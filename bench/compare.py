@@ -116,6 +116,7 @@ def at_once(app: App, pockets: Pockets, ways: Sequence[Way], counts: Sequence[in
 def first_looks(app: App, pockets: Pockets, rounds: int) -> Measure:
     """The first result of a held script from a slot, beside its own later ones, as it sees them."""
     measure = Measure(f"{app.program}, held: its first result and its later ones, measured inside", "s")
+    faults = []
     for _ in range(rounds):
         (ended,) = together([lambda: pockets.command(app.name, *app.words, *TIMES)])
         pockets.settle()
@@ -125,7 +126,9 @@ def first_looks(app: App, pockets: Pockets, rounds: int) -> Measure:
         measure.add("steady", steady)
         measure.add("first less steady", said["first"] - steady)
         measure.pair("first / steady", said["first"] / steady)
-    measure.facts = {**pockets.came(app)}
+        faults.append(said["faults"])
+    measure.facts = {**pockets.came(app), "page faults of the first": statistics.median(each[0] for each in faults)}
+    measure.facts["page faults of a later one"] = statistics.median(n for each in faults for n in each[1:])
     measure.compare("first", ["steady"])
     return measure
 
