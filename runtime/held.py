@@ -321,7 +321,7 @@ class Held:
             if why:
                 raise rehearsal.Failed(f"a run after the rehearsal is not as one before it: {why}")
             self.uncover()
-            self.pages = self.take_pages().within(workingset.mappings())
+            self.pages = self.take_pages().here()
         except rehearsal.Failed as e:
             self.fail(f"the rehearsal failed: {e}", "rehearsal")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import errno
 import mmap
 import os
 from typing import Iterable, Iterator, List, Tuple
@@ -28,7 +27,7 @@ Range = Tuple[int, int]  # addresses, in bytes
 
 
 class WorkingSet:
-    """Ranges to write to, and ranges of files to map."""
+    """Ranges to write to, and ranges of files to map; each in the order of addresses."""
 
     def __init__(self, own: Iterable[Range] = (), mapped: Iterable[Range] = ()):
         self.own = list(own)[:_MOST]
@@ -54,24 +53,37 @@ class WorkingSet:
         pairs = list(zip(numbers[1::2], numbers[2::2]))
         return cls(pairs[: numbers[0]], pairs[numbers[0] :])
 
-    def within(self, mappings: List[Range]) -> WorkingSet:
-        """Only what is mapped here too: a run's later mappings are not its template's."""
-
-        def inside(pair: Range) -> bool:
-            return any(start <= pair[0] and pair[1] <= end for start, end in mappings)
-
-        return WorkingSet(filter(inside, self.own), filter(inside, self.mapped))
+    def here(self) -> WorkingSet:
+        """What of it, of a run that has ended, this process, its template, has mapped in the same way. What a run maps
+        for itself, and where its threads' heaps grow, is another place each time."""
+        writable: List[Range] = []
+        readable: List[Range] = []
+        for start, end, rights, _ in _maps():
+            if rights[1] == "w":
+                writable.append((start, end))
+            elif rights[0] == "r":
+                readable.append((start, end))
+        return WorkingSet(_common(self.own, writable), _common(self.mapped, readable))
 
     def make(self) -> int:
-        """Make them this process's. Returns how many ranges could not be: the kernel is older, or memory is short."""
+        """Make them this process's. Returns how many ranges could not be: memory is short, or the kernel is older."""
         failed = 0
         for ranges, advice in ((self.own, _POPULATE_WRITE), (self.mapped, _POPULATE_READ)):
             for start, end in ranges:
-                if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice):
-                    if ctypes.get_errno() == errno.EINVAL:  # before Linux 5.14
-                        return len(self.own) + len(self.mapped)
-                    failed += 1
+                failed += libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) != 0
         return failed
+
+
+def _common(ranges: List[Range], others: List[Range]) -> Iterator[Range]:
+    """What both have in common."""
+    n = 0
+    for start, end in ranges:
+        while n < len(others) and others[n][1] <= start:
+            n += 1
+        for first, last in others[n:]:
+            if first >= end:
+                break
+            yield max(start, first), min(end, last)
 
 
 def measure() -> WorkingSet:
@@ -90,17 +102,6 @@ def measure() -> WorkingSet:
             elif name.startswith("/"):
                 mapped += _ranges(start, (n for n, page in enumerate(pages) if page & _PRESENT), 8)
     return WorkingSet(own, mapped)
-
-
-def mappings() -> List[Range]:
-    """Where something is mapped, neighbours joined."""
-    found: List[List[int]] = []
-    for start, end, _, _ in _maps():
-        if found and found[-1][1] == start:
-            found[-1][1] = end
-        else:
-            found.append([start, end])
-    return [(start, end) for start, end in found]
 
 
 def _maps() -> Iterator[Tuple[int, int, str, str]]:

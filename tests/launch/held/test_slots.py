@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import resource
 import signal
 import subprocess
 
 import pytest
 
+from runtime import workingset
 from tests.conftest import wait_for
 from tests.launch.both import Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, popen
@@ -152,3 +156,40 @@ def test_many_at_once(hold):
     pocket.warm()
     runs = [(n, popen(pocket, str(n), stdin=subprocess.DEVNULL)) for n in range(24)]
     assert [(n, finish(run)) for n, run in runs] == [(n, Ended(0, b"%d\n" % n**2, b"")) for n, _ in runs]
+
+
+def test_what_a_run_makes_its_own_is_made_ahead(hold):
+    pages = 4096
+    source = f"""
+        import mmap, resource
+
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+        data = bytearray({pages} * mmap.PAGESIZE)
+        data[:: mmap.PAGESIZE] = b"1" * {pages}
+        {HERE}
+        had = faults()
+        data[:: mmap.PAGESIZE] = b"2" * {pages}
+        print("few" if faults() - had < {pages} / 10 else "many")
+    """
+    cases: list[tuple[dict[str, list[str]], bytes]] = [({}, b"many\n"), ({"rehearse": []}, b"few\n")]
+    for keys, found in cases:
+        pocket = hold(source, "here =", warm=1, **keys)
+        assert pocket.warm()["rehearsed"] is bool(keys)
+        assert ready(pocket, 1)
+        assert pocket.pocket() == Ended(0, found, b"")
+
+
+def test_pages_are_made_where_others_cannot_be():
+    """Some of what a run writes to its template may only read, and some is not there."""
+    size = 1024 * mmap.PAGESIZE
+    areas = [mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(3)]
+    places = [ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in areas]
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(places[0]), ctypes.c_size_t(size), mmap.PROT_READ) == 0
+    assert libc.mprotect(ctypes.c_void_p(places[1]), ctypes.c_size_t(size), 0) == 0
+    assert workingset.WorkingSet([(place, place + size) for place in places]).make() == 2
+    had = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    areas[2][:: mmap.PAGESIZE] = b"1" * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - had < 100
