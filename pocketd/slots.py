@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class Slots:
         self.waiting: dict[str, deque[Slot]] = {}
         self.squeezed = False  # memory is short: none is made
         self._filling: dict[str, asyncio.TimerHandle] = {}
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._daemon: Daemon | None = None
 
     def has(self, pocket: str) -> bool:
@@ -122,6 +123,10 @@ class Slots:
     async def fill(self, daemon: Daemon, definition: Pocket) -> None:
         """Make what is missing, one after the other. Ends those that are of no use any more."""
         self._daemon = daemon
+        async with self._turns[definition.name]:  # else two that are asked at once make twice as many
+            await self._fill_up(daemon, definition)
+
+    async def _fill_up(self, daemon: Daemon, definition: Pocket) -> None:
         name = definition.name
         for slot in [s for s in self.by_id.values() if s.pocket == name and not self._good(s, definition)]:
             self._end(slot)
