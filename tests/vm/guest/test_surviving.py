@@ -60,7 +60,7 @@ def pockets(installed):
     configure("surviving", f'[pocket.work]\nservice = "plain"\ndir = "{PLACE}"\nallow = {{ write = ["out"] }}\n')
     drop_in = Path(f"/etc/systemd/system/{UNIT}.d")
     drop_in.mkdir()
-    (drop_in / "test.conf").write_text("[Service]\nWatchdogSec=8\n")
+    (drop_in / "test.conf").write_text("[Service]\nWatchdogSec=20\n")
     systemctl("daemon-reload")
     systemctl("restart", UNIT)
     call("on", name="plain")
