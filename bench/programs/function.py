@@ -8,7 +8,7 @@ import timed  # type: ignore[import-not-found]
 
 keras.utils.set_random_seed(1)
 model = keras.applications.MobileNetV2(weights=None)
-look = tf.function(lambda pixels: model(pixels, training=False), autograph=False)
+look = tf.function(lambda pixels: model(pixels, training=False))
 
 
 def main():

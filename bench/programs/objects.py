@@ -7,7 +7,7 @@ import timed  # type: ignore[import-not-found]
 import yolov3
 
 model = yolov3.model()
-look = tf.function(lambda pixels: model(pixels, training=False)[0], autograph=False)
+look = tf.function(lambda pixels: model(pixels, training=False)[0])
 
 
 def main():

@@ -77,6 +77,7 @@ CLEAN = {
     "a decimal context": "import decimal\nhere = None\nprint(decimal.getcontext().prec)\ndecimal.getcontext().prec = 5\n",
     "the locale": "import locale\nhere = None\nprint(locale.setlocale(locale.LC_TIME))\nlocale.setlocale(locale.LC_TIME, 'C.UTF-8')\n",
     "a time zone": "import os, time\nhere = None\nprint(time.tzname)\nos.environ['TZ'] = 'Asia/Tokyo'\ntime.tzset()\n",
+    "bytecode of what it makes": "import functools, os\n@functools.lru_cache\ndef made():\n    sys.path.insert(0, '/tmp')\n    open('/tmp/ours.py', 'w').close()\n    import ours\n    os.unlink('/tmp/ours.py')\n    sys.path.remove('/tmp')\n    return ours\nhere = None\nprint(made())\n",
     "a list": "seen = []\nhere = None\nseen.append(1)\nprint(seen)\n",
     "a module's attribute": "import string\nhere = None\nprint(getattr(string, 'mine', 0))\nstring.mine = 1\n",
     "a builtin": "import builtins\nhere = None\nprint(hasattr(builtins, 'mine'))\nbuiltins.mine = 1\n",
