@@ -210,8 +210,8 @@ class Places:
                     yield path, (s.st_mode, s.st_ino, *times)
 
     def written(self) -> Dict[str, Tuple[int, str]]:
-        """What is new or changed: mode and digest by path. Bytecode that Python keeps of what it imported does not count:
-        a run after a rehearsal need not import, and so not write, what AutoGraph for one makes in /tmp and imports."""
+        """What is new or changed: mode and digest by path. Bytecode that Python keeps of what it imported does not
+        count: a run after a rehearsal need not import, and so not write, what AutoGraph for one makes in /tmp."""
         found: Dict[str, Tuple[int, str]] = {}
         for path, known in self._all():
             if self.before.get(path) != known and len(found) < _FILES and "__pycache__" not in path.split("/"):
