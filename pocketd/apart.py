@@ -169,7 +169,7 @@ def let_go(sock: socket.socket) -> None:
     try:
         if _bearers >= BEARERS:
             raise BlockingIOError
-        bearer = Apart(lambda ours: None, [sock.fileno()])
+        bearer = Apart(lambda ours: ours.recv(1), [sock.fileno()])  # until we have closed it: ours is not the last
     except OSError:
         asyncio.get_running_loop().call_later(AGAIN, let_go, sock)
         return

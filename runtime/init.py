@@ -688,17 +688,27 @@ def let_go(hold: socket.socket, trusted: bool) -> None:
     """Close a hold socket. The last close of it closes the descriptors that are in flight in it too, and may wait for
     whoever made them: where that is not root, a child has the last one, and ends without waiting (pocketd.apart)."""
     hold.shutdown(socket.SHUT_RDWR)  # its caller hears of it whoever else has a descriptor
-    if not trusted:
-        try:
-            child = clone.fork()
-        except OSError:
-            hold.detach()  # better open for ever
-            return
+    if trusted:
+        hold.close()
+        return
+    try:
+        waits, ours = os.pipe2(os.O_CLOEXEC)
+    except OSError:
+        hold.detach()  # better open for ever
+        return
+    try:
+        child = clone.fork()
         if child is None:
-            processes.close_others([hold.fileno()])
+            processes.close_others([hold.fileno(), waits])
+            os.read(waits, 1)  # until the other end is closed, and `hold` before it
             os._exit(0)
+        hold.close()
         os.close(child.pidfd)
-    hold.close()
+    except OSError:
+        hold.detach()
+    finally:
+        os.close(waits)
+        os.close(ours)
 
 
 def readable(fd: int) -> bool:
