@@ -27,14 +27,16 @@ class Ours(BaseException):
 
 
 class Refused(Ours):
-    """The program did what it may not do before its checkpoint."""
+    """The program did what it may not do before it is held."""
 
 
 class Recorder:
-    """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages."""
+    """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages. `advice`:
+    how a refusal goes on."""
 
-    def __init__(self, tops: Tuple[str, ...]):
+    def __init__(self, tops: Tuple[str, ...], advice: str):
         self.tops = tops
+        self.advice = advice
         self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
         self.changes: Dict[bytes, Optional[bytes]] = {}  # what the program itself set, or took away (None)
         self.files: Dict[str, Identity] = {}
@@ -207,7 +209,7 @@ class Recorder:
     # -- words
 
     def refuse(self, what: str) -> None:
-        self.refused = self.refused or f"{what} before its checkpoint; put the checkpoint before that"
+        self.refused = self.refused or f"{what} {self.advice}"
         raise Refused(self.refused)
 
     def line(self, frame: Optional[FrameType], near: bool = False) -> str:

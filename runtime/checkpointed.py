@@ -1,0 +1,312 @@
+"""A program that is held at its checkpoint: run up to there once, and gone on with by each run (runtime.held).
+
+Arguments, environment, directory, streams and limits are each run's own. What the program printed before its checkpoint
+each run prints again.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import socket
+import sys
+import threading
+import types
+from typing import Any, Callable, Dict, List, Optional
+
+from nsutil import clone, processes
+from nsutil.messages import Fds
+from pocketd import wire
+from pocketd.wire import Error, Message
+from runtime import checkpoint, cold, interpreter, program, recorded, rehearsal, workingset
+from runtime.held import Held, Words
+
+_VARARGS, _VARKEYWORDS = 0x4, 0x8  # of a code object: inspect.CO_VARARGS, CO_VARKEYWORDS
+_AT_FIRST = (
+    b"PYTHONPATH",
+    b"PYTHONPYCACHEPREFIX",
+    b"PYTHONDONTWRITEBYTECODE",
+    b"PYTHONWARNINGS",
+    b"PYTHONFAULTHANDLER",
+)
+_AT_PRINTING = (b"PYTHONUNBUFFERED", b"PYTHONIOENCODING", b"PYTHONUTF8")
+
+
+class Checkpointed(Held):
+    """One program, from its first line to the fork that goes on with it."""
+
+    words = Words(
+        who="the program",
+        before="before its checkpoint",
+        at="at its checkpoint",
+        instead="put the checkpoint before that",
+        later="Open it after that",
+    )
+
+    def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
+        super().__init__(template, talk, orders, log)
+        self.reached = False
+        self.compiled: Any = None
+        self.rehearsing = False
+        self.program: str = orders["hold"]["program"]
+
+    # -- up to the checkpoint
+
+    def run(self) -> int:
+        """Run the program. Returns its exit status, in a child; a template ends in here."""
+        hold = self.orders["hold"]
+        start: Message = {
+            "kind": "file",
+            "program": os.fsencode(self.program),
+            "environment": list(self.environment.items()),
+            "directory": os.fsencode(self.orders["directory"]),
+        }
+        if hold.get("packages"):
+            start["packages"] = hold["packages"]
+        interpreter.adopt(start, self.streams.take)
+        setattr(builtins, checkpoint.NAME, self.here)
+        sys._pocketd_held = self  # type: ignore[attr-defined]  # for pocketd.checkpoint()
+        code = 1
+        try:
+            code = program.run(start, self.orders, self.compile)
+        except recorded.Refused as e:
+            self.fail(str(e))
+        except rehearsal.Over:
+            code = 0
+        if self.child and self.rehearsing:
+            self.report_pages()
+        if not self.child:
+            self.fail(f"the program ended, with status {code}, before it came to its checkpoint")
+        return code
+
+    def compile(self, source: bytes, path: str) -> Any:
+        try:
+            self.compiled = checkpoint.compile_held(source, path, self.orders["hold"]["checkpoint"])
+        except checkpoint.CheckpointError as e:
+            raise recorded.Refused(str(e)) from None
+        self.begin_watch()
+        self.exits = rehearsal.Exits(self.recorder.tops)
+        self.exits.begin()
+        return self.compiled.code
+
+    # -- the checkpoint
+
+    def here(self) -> None:
+        """The call at the checkpoint. It returns in each child; in the template, never."""
+        if self.reached:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            self.fail("its checkpoint was reached in a thread other than the main one, which alone can be forked")
+        self.reached = True
+        self.arrive()
+        setattr(builtins, checkpoint.NAME, nothing)
+        self.exits.end()
+        try:
+            self.look()
+            sample = self.orders["hold"]["rehearse"]
+            if sample is not None:
+                self.rehearse(sample, sys._getframe(1))
+            if not self.child:
+                self.settle()
+                self.serve()
+        except Exception as e:  # a fault of ours, not the program's
+            self.fail(f"{type(e).__name__}: {e}")
+
+    # -- the rehearsal
+
+    def rehearse(self, sample: List[str], frame: Any) -> None:
+        """Run what follows the checkpoint once, and make sure that it left no trace. It returns in the children that
+        run the sample too, for good."""
+        orders = self.orders
+        tops = [p["target"] for p in orders["mounts"] if p["writable"]]
+        places = rehearsal.Places(("/tmp", "/dev/shm", *orders["homes"], *tops))
+        until = orders["hold"]["rehearse_until"]
+        self.reports = os.memfd_create("pages", os.MFD_CLOEXEC)
+        try:
+            again = self.remainder(frame)
+            snapshot = rehearsal.Snapshot(self.recorder.tops)
+
+            def become(out: int, err: int) -> None:
+                self.child = True
+                os.setsid()
+                clone.revive()
+                self.talk.close()
+                self.rehearsing = True
+                self.play(sample, out, err)
+                rehearsal.Until(until).begin()
+
+            before = rehearsal.trial(places, become)
+            if before is None:
+                return
+            if before.status:
+                said = (before.out + before.err)[-2000:].decode(errors="replace")
+                raise rehearsal.Failed(f"the sample ended with status {before.status}:\n{said}")
+            self.uncover()
+            self.run_here(sample, again, until)
+            snapshot.restore()
+            places.clear()
+            self.play([], *(spare := rehearsal.capture()))
+            for fd in spare:
+                os.close(fd)
+            self.uncover()
+            left = self.left_behind()
+            if left:
+                raise rehearsal.Failed(f"it leaves behind what a fork cannot carry over: {left}")
+            after = rehearsal.trial(places, become)
+            if after is None:
+                return
+            why = rehearsal.difference(before, after)
+            if why:
+                raise rehearsal.Failed(f"a run after the rehearsal is not as one before it: {why}")
+            self.uncover()
+            self.pages = self.take_pages().here()
+        except rehearsal.Failed as e:
+            self.fail(f"the rehearsal failed: {e}", "rehearsal")
+
+    def report_pages(self) -> None:
+        """At the end of a run of the sample: what it has made its own."""
+        interpreter.flush_quietly()
+        try:
+            os.pwrite(self.reports, workingset.measure().pack(), 0)
+        except OSError:
+            pass  # then slots are not filled ahead of time
+
+    def take_pages(self) -> workingset.WorkingSet:
+        size = os.fstat(self.reports).st_size
+        found = workingset.WorkingSet.unpack(os.pread(self.reports, size, 0))
+        os.close(self.reports)
+        self.reports = -1
+        self.run_size = found.size
+        return found
+
+    def remainder(self, frame: Any) -> Callable[[], object]:
+        """What follows the checkpoint, as something that can be called."""
+        code, there = frame.f_code, dict(frame.f_locals)
+        if self.compiled.rest is not None and code.co_name == "<module>":
+            rest, names = self.compiled.rest, frame.f_globals
+            return lambda: exec(rest, names)
+        if not self.compiled.function or code.co_freevars:
+            raise rehearsal.Failed(
+                "only what follows a top-level statement or the beginning of a function can be rehearsed"
+            )
+        count = code.co_argcount
+        given = [there[name] for name in code.co_varnames[:count]]
+        named = {name: there[name] for name in code.co_varnames[count : count + code.co_kwonlyargcount]}
+        at = count + code.co_kwonlyargcount
+        if code.co_flags & _VARARGS:
+            given += there[code.co_varnames[at]]
+            at += 1
+        if code.co_flags & _VARKEYWORDS:
+            named.update(there[code.co_varnames[at]])
+        function = types.FunctionType(code, frame.f_globals, code.co_name)
+        return lambda: function(*given, **named)
+
+    def run_here(self, sample: List[str], again: Callable[[], object], until: Optional[str]) -> None:
+        ends = rehearsal.Until(until)
+        out, err = rehearsal.capture()
+        self.play(sample, out, err)
+        self.rehearsing = self.exits.dropping = True
+        self.exits.begin()
+        try:
+            ends.begin()
+            again()
+        except (rehearsal.Over, SystemExit):
+            pass
+        except BaseException as e:
+            raise rehearsal.Failed(f"it ended by {type(e).__name__}: {e}") from None
+        finally:
+            ends.end()
+            self.exits.end()
+            self.rehearsing = self.exits.dropping = False
+            interpreter.flush_quietly()
+        rehearsal.settle_threads()
+        for fd in (out, err):
+            os.close(fd)
+
+    def play(self, sample: List[str], out: int, err: int) -> None:
+        """Be the run of a sample: its arguments, nothing to read, output into two files."""
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        for fd, number in ((null, 0), (out, 1), (err, 2)):
+            os.dup2(fd, number)
+        os.close(null)
+        self.streams.restore()
+        self.recorder.fill("argv", [self.program, *sample])
+        self.recorder.fill("orig_argv", [sys.executable, self.program, *sample])
+
+    def rehearsed(self) -> None:
+        """The program says so (pocketd.rehearsed)."""
+        if self.rehearsing and self.orders["hold"]["rehearse_until"] == "rehearsed":
+            raise rehearsal.Over
+
+    def uncover(self) -> None:
+        """Have init take off the layer that took what the last run wrote."""
+        if not any(p["writable"] for p in self.orders["mounts"]):
+            return
+        wire.send(self.talk, {"op": "uncover"})
+        while True:
+            message, fds = wire.receive(self.talk)
+            fds.close()
+            if message.get("op") == "uncovered":
+                if not message["done"]:
+                    raise rehearsal.Failed("what it wrote could not be taken away again")
+                return
+
+    # -- in a run
+
+    def differing(self, start: Message, given: Fds) -> Optional[str]:
+        if start.get("kind") != "file" or os.fsdecode(wire.field(start, "program", bytes)) != self.program:
+            return "it runs another program"
+        if start.get("mode") != "program" or start.get("cold") or start.get("listen") or start.get("observe"):
+            return "this run is of another kind"
+        environment = interpreter.environment(start)
+        shown = {os.fsdecode(k): os.fsdecode(v) for k, v in environment.items()}
+        name = (
+            self.recorder.differing(environment)
+            or self.begun_otherwise(environment)
+            or cold.differing(shown, self.template.begin["environment"], cold.expression(self.template.runtime))
+        )
+        return self.saw_otherwise(name) if name else self.elsewhere(start) or self.on_terminal(start, given)
+
+    def on_terminal(self, start: Message, given: Fds) -> Optional[str]:
+        """Whether the program asked if a stream is a terminal, and one of this run's is."""
+        for n, fd in zip(wire.field(start, "stdio", list, []), given):
+            if n in self.recorder.terminal and os.isatty(fd):
+                return f"its descriptor {n} is a terminal, for which the program asked before its checkpoint"
+        return None
+
+    def begun_otherwise(self, environment: Dict[bytes, bytes]) -> Optional[str]:
+        """A variable that Python goes by from its first line on, or in what has been printed by now."""
+        names = _AT_FIRST + (_AT_PRINTING if any(map(any, self.streams.printed.values())) else ())
+        return next((os.fsdecode(n) for n in names if environment.get(n) != self.environment.get(n)), None)
+
+    def touch(self) -> None:
+        said = {"kind": "file", "mode": "program", "program": os.fsencode(self.program), "environment": []}
+        self.differing({**said, "directory": os.fsencode(self.orders["directory"])}, Fds())
+        self.recorder.fill("argv", [self.program])
+
+    def take_over(self, start: Message, given: Fds, sock: socket.socket) -> None:
+        sock.close()
+        present, fds = wire.field(start, "stdio", list), given.rest()
+        if len(present) != len(fds) or any(n not in (0, 1, 2) for n in present):
+            raise Error("bad-request", "the start message does not carry the descriptors that it names")
+        for n, fd in zip(present, fds):
+            os.dup2(fd, n)
+        for fd in fds:
+            os.close(fd)
+        for n in {0, 1, 2} - set(present):
+            os.close(n)
+        self.adopt(start)
+        arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
+        self.recorder.fill("argv", [self.program, *arguments])
+        self.recorder.fill("orig_argv", [sys.executable, self.program, *arguments])
+        processes.set_command_line([os.fsencode(word) for word in sys.orig_argv])
+        self.resume(start)
+        self.streams.replay()
+        self.begin()
+
+    def apologize(self, error: Error) -> None:
+        os.write(2, f"pocket: {error.message}\n".encode())
+
+
+def nothing() -> None:
+    """What a checkpoint is once it was reached."""

@@ -1,0 +1,58 @@
+"""What a process holds that a live fork of it would not carry over, in words for the author of its program."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from typing import Set, Tuple
+
+from nsutil import clone
+
+
+def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
+    """What cannot be carried over, "" for nothing; and the files that have to be opened again in each child. `keep`:
+    descriptors that are not looked at."""
+    if "asyncio" in sys.modules and sys.modules["asyncio"]._get_running_loop() is not None:
+        return "a running asyncio loop", ()
+    if has_children():
+        return f"child processes ({children()})", ()
+    if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
+        return "a running timer (setitimer, alarm)", ()
+    found = clone.inspect(keep)
+    refused = [str(o) for o in found if o.remedy == "refuse"]
+    for o in found:
+        if o.remedy == "reopen" and o.fd is not None and is_written(o.fd):
+            refused.append(f"{o}, open for writing")
+    return "; ".join(refused), tuple(o.fd for o in found if o.remedy == "reopen" and o.fd is not None)
+
+
+def is_written(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def children() -> str:
+    """The command lines of this process's children, shortened."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{task}/children") as f:
+                pids = f.read().split()
+        except OSError:
+            continue
+        for pid in pids:
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as f:
+                    names.append(f.read(200).replace(b"\0", b" ").decode(errors="replace").strip() or pid)
+            except OSError:
+                pass
+    return "; ".join(names)[:400] or "ended, and not waited for"
