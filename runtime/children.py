@@ -72,6 +72,14 @@ class Template:
         return {"template": self.number, "kind": self.kind, "note": self.note, "pid": self.pid, "ready": self.ready}
 
 
+def output_pipe() -> Tuple[int, int]:
+    """A pipe for what a process writes, both ends the caller's. It is read without waiting: the end's number may have
+    been another's when epoll told of it."""
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(ours, False)
+    return ours, theirs
+
+
 def processes_of(leaf: int) -> List[int]:
     """The pids in a cgroup, whose directory is open as `leaf`."""
     try:

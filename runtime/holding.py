@@ -19,7 +19,7 @@ from nsutil import clone, messages, mounts, namespaces
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime.children import Session, Template, is_child, processes_of
+from runtime.children import Session, Template, is_child, output_pipe, processes_of
 
 WALL = 0x40000000  # wait4(2)
 _COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
@@ -62,7 +62,7 @@ class Holding:
             raise Error("no-template", f"template {message['parent']} is not ready")
         leaf, orders = fds.take(), fds.take()
         ours, theirs = messages.pair()
-        out, err = os.pipe2(os.O_CLOEXEC)
+        out, err = output_pipe()
         t = Template(message["template"], "pocket", message.get("note", {}), ours, out, message["id"])
         try:
             t.pause = self.take_pause()

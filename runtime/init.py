@@ -25,7 +25,7 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import log, oom
-from runtime.children import NEVER, Session, Template, by_default, cgroup_of, start_template
+from runtime.children import NEVER, Session, Template, by_default, cgroup_of, output_pipe, start_template
 from runtime.holding import Holding
 from runtime.slots import Slots
 
@@ -250,7 +250,7 @@ class Init(Holding, Slots):
         number = message["template"]
         leaf = fds.take()
         ours, theirs = messages.pair()
-        out, err = os.pipe2(os.O_CLOEXEC)
+        out, err = output_pipe()
         t = Template(number, message["kind"], message.get("note", {}), ours, out, message["id"])
         try:
             begin = {**message["begin"], "op": "begin", "template": number}
@@ -276,7 +276,10 @@ class Init(Holding, Slots):
 
     def drain(self, t: Template) -> bool:
         """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
-        text = os.read(t.stderr, _READ)
+        try:
+            text = os.read(t.stderr, _READ)
+        except BlockingIOError:
+            return False
         if not text:
             self.unwatch(t.stderr)
             return False
@@ -422,7 +425,7 @@ class Init(Holding, Slots):
         passed = [leaf, pause.pidfd, session_fd, orders, *fds]
         out = None
         if message["mode"] == "client":
-            s.output, out = os.pipe2(os.O_CLOEXEC)
+            s.output, out = output_pipe()
             self.hear_worker(s)
             passed.insert(4, out)
         try:
@@ -521,7 +524,10 @@ class Init(Holding, Slots):
     def drain_worker(self, s: Session) -> bool:
         """Pass on what a worker wrote; a bounded part of it, as all pockets' launches wait meanwhile."""
         assert s.output is not None
-        text = os.read(s.output, _READ)
+        try:
+            text = os.read(s.output, _READ)
+        except BlockingIOError:
+            return False
         if not text:
             self.unwatch(s.output)
             return False

@@ -15,7 +15,7 @@ from nsutil import clone
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime.children import Session, Template
+from runtime.children import Session, Template, output_pipe
 
 FORK_TIMEOUT = 20.0  # seconds, as for any launch
 
@@ -67,7 +67,7 @@ class Slots:
             self.pauses[pause.pid] = s
             passed = [leaf, pause.pidfd, waits, orders, *fds]
             if message["mode"] == "client":
-                s.output, out = os.pipe2(os.O_CLOEXEC)
+                s.output, out = output_pipe()
                 self.hear_worker(s)
                 passed.insert(4, out)
             request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
