@@ -53,6 +53,14 @@ def test_prints_from_a_slot(hold, checkpoint):
     pocket.same(way="slot")
 
 
+def test_a_slot_of_a_program_that_looked_at_its_directory(hold):
+    pocket = hold(f"import os\nbefore = os.getcwd()\n{HERE}print(before, os.getcwd())\n", "here =", warm=1)
+    pocket.warm()
+    pocket.same(way="slot")
+    pocket.warm()
+    assert pocket.pocket(cwd="/usr").out.endswith(b"/usr /usr\n")
+
+
 def test_each_serves_one_run(hold):
     pocket = hold(f"import os\n{HERE}print(os.getpid(), flush=True)\ninput()\n", "here =", warm=2)
     pocket.warm()
