@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Pocketd
+from tests.conftest import Pocketd, service_environment
 from tests.launch.both import Both, read_line
 
 # What these say of the command holds of both: of `pocket`, in C, and of the whole command in Python.
@@ -65,3 +68,25 @@ def begun() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+MODEL = """
+import sys
+import tensorflow as tf
+tf.keras.utils.set_random_seed(7)
+image = tf.keras.Input((32, 32, 3))
+hidden = tf.keras.layers.Conv2D(8, 3, activation="relu")(image)
+scores = tf.keras.layers.Dense(10, activation="softmax")(tf.keras.layers.GlobalAveragePooling2D()(hidden))
+tf.keras.Model(image, scores).save(sys.argv[1])
+import numpy as np
+print(tf.keras.models.load_model(sys.argv[1])(np.ones((1, 32, 32, 3), "float32")).numpy().tolist())
+"""
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[float]]]:
+    """A Keras model's file, and what it says of a picture of ones when plain Python runs it."""
+    path = tmp_path_factory.mktemp("models") / "small.keras"
+    env = {**os.environ, **service_environment(), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", MODEL, path], capture_output=True, text=True, env=env, check=True)
+    return path, json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,18 +13,6 @@ import pytest
 
 from pocketd.client import LoginRefused, RemoteError, UnknownModel, WorkerDied, login
 from tests.conftest import ROOT, TIMEOUT, Pocketd, service_environment, toml_table, wait_for
-
-MODEL = """
-import sys
-import tensorflow as tf
-tf.keras.utils.set_random_seed(7)
-image = tf.keras.Input((32, 32, 3))
-hidden = tf.keras.layers.Conv2D(8, 3, activation="relu")(image)
-scores = tf.keras.layers.Dense(10, activation="softmax")(tf.keras.layers.GlobalAveragePooling2D()(hidden))
-tf.keras.Model(image, scores).save(sys.argv[1])
-import numpy as np
-print(tf.keras.models.load_model(sys.argv[1])(np.ones((1, 32, 32, 3), "float32")).numpy().tolist())
-"""
 
 DETECTOR = """
 import os
@@ -39,15 +26,6 @@ def whoami():
 def end(signal):
     os.kill(os.getpid(), signal)
 """
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[float]]]:
-    """A Keras model's file, and what it says of a picture of ones when plain Python runs it."""
-    path = tmp_path_factory.mktemp("models") / "small.keras"
-    env = {**os.environ, **service_environment(), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", MODEL, path], capture_output=True, text=True, env=env, check=True)
-    return path, json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
