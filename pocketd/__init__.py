@@ -1,7 +1,7 @@
 """pocketd: a daemon that runs featherweight pockets inside warm service containers.
 
-The three functions here are for programs: where one may be held, and what happens in each run that goes on from there.
-Anywhere else, under plain Python too, they do nothing.
+The three functions here are for pockets' code: where a program may be held, and what happens in each run that goes on
+from there, or in each session that has a module preloaded. Anywhere else, under plain Python too, they do nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _Function = TypeVar("_Function", bound=Callable[[], object])
 
 
 def _held() -> Any:
-    """What holds this program, if it is one that is held (runtime.held)."""
+    """What holds this process, where a pocket's code is held (runtime.held)."""
     return getattr(sys, "_pocketd_held", None)
 
 
@@ -35,8 +35,8 @@ def rehearsed() -> None:
 
 
 def on_start(function: _Function) -> _Function:
-    """Call `function` at the beginning of each run that goes on from the checkpoint: to open what cannot be held. Where
-    nothing is held it is called at once. May be used as a decorator."""
+    """Call `function` at the beginning of each run that goes on from the checkpoint, or of each session that has the
+    module preloaded: to open what cannot be held. Where nothing is held it is called at once. May be a decorator."""
     held = _held()
     if held is not None and not held.child:
         held.on_start.append(function)

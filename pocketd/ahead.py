@@ -42,8 +42,7 @@ class Launching:
     def definition(self) -> Pocket | None:
         """The pocket's, where such a launch can be what was asked for."""
         definition = self.plan.definition
-        mode = "program" if definition and definition.program else "client"
-        if definition is None or definition.cold or self.request.get("mode") != mode:
+        if definition is None or definition.cold or self.request.get("mode") != definition.mode:
             return None
         # What a service manager gives a run of its own, and a place in the caller's cgroup, only the long way gives.
         if self.request.get("adopt") or set(self.given) - {"session", "hold", "mount", "dir"}:
@@ -66,7 +65,7 @@ class Launching:
     async def from_template(self) -> Session | None:
         """A session whose worker the pocket's own template makes, or None. Raises Error likewise."""
         definition, held = self.definition, self.generation.held
-        if not definition or not definition.checkpoint or not definition.program:
+        if not definition or not definition.is_held:
             return None
         holder = held.ready_for(self.daemon, definition)
         at_home = holder and (self.plan.home in ("", *holder.homes) or orders.beneath(self.plan.home, definition))

@@ -247,6 +247,7 @@ class _Loading:
         if pocket.service is None:
             if not pocket.requires and "service" not in reader:
                 reader.fail("service", f"is missing; name one ({names}), or say by `requires` what it must have")
+            self.check_held(pocket, reader, None)
             return
         service = self.services.get(pocket.service)
         if service is None:
@@ -262,25 +263,38 @@ class _Loading:
                 deployed = ", ".join(sorted(service.models)) or "none"
                 message = f"{model!r} is not a model of the service {service.name!r}; it has {deployed}"
                 reader.within("allow").fail("models", message)
-        self.check_held(pocket, reader, service)
+        self.check_held(pocket, reader, service.runtime)
         if pocket.program is not None and pocket.program.startswith("/") and service.runtime != "exec":
             message = 'is an absolute path, which only a service with runtime = "exec" runs; name it as beneath dir'
             reader.fail("program", message)
 
-    def check_held(self, pocket: Pocket, reader: Reader, service: Service) -> None:
-        """What is done ahead of time must have something that it is done for."""
-        if pocket.checkpoint and pocket.program is None:
+    def check_held(self, pocket: Pocket, reader: Reader, runtime: str | None) -> None:
+        """What is done ahead of time must have something that it is done for. `runtime`: of its service, where that is
+        known by now."""
+        if pocket.preload:
+            self.check_preload(pocket, reader, runtime)
+        elif pocket.checkpoint and pocket.program is None:
             reader.fail("checkpoint", "is of no use without a program; name one, or leave it out")
-        if pocket.checkpoint and service.runtime == "exec":
+        if pocket.checkpoint and runtime == "exec":
             reader.fail("checkpoint", 'is of no use in a service with runtime = "exec", whose programs start afresh')
         if pocket.checkpoint and pocket.cold:
             reader.fail("checkpoint", "contradicts cold = true: a program that is held shares what it did until then")
         if pocket.checkpoint is None:
-            for key in ("rehearse", "rehearse_until", "max_age"):
+            for key in ("rehearse", "rehearse_until", *(() if pocket.preload else ("max_age",))):
                 if getattr(pocket, key) is not None:
                     reader.fail(key, 'is of no use without a checkpoint, such as checkpoint = "main"')
         elif pocket.rehearse is None and pocket.rehearse_until is not None:
             reader.fail("rehearse_until", "is of no use without a sample: rehearse = [ARGUMENTS]")
+
+    def check_preload(self, pocket: Pocket, reader: Reader, runtime: str | None) -> None:
+        for key in ("program", "checkpoint"):
+            if getattr(pocket, key) is not None:
+                reader.fail("preload", f"is for client mode, and {key} is for programs; leave one of the two out")
+                return
+        if runtime == "exec":
+            reader.fail("preload", 'is of no use in a service with runtime = "exec", which has no Python')
+        if pocket.cold:
+            reader.fail("preload", "contradicts cold = true: sessions share what was done for all of them")
 
 
 def _as_the_author_sees(problem: Problem, name: str) -> Problem:

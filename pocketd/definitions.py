@@ -133,8 +133,19 @@ class Pocket:
     rehearse: tuple[str, ...] | None = None  # a sample's arguments, for one run ahead of time; None: there is none
     rehearse_until: str | None = None  # "output", "rehearsed" or seconds; None: until the program ends
     max_age: float | None = None  # seconds until a template is made anew
+    preload: tuple[str, ...] = ()  # client mode: modules to import, and functions "module:function" to call, beforehand
     # Read, and not acted on by this version: it makes launches sooner and changes nothing else.
     warm: int = 0
+
+    @property
+    def mode(self) -> Literal["program", "client"]:
+        """Of its launches, as far as they can come from what was made ahead of time."""
+        return "program" if self.program else "client"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is to have a template of its own."""
+        return bool(self.checkpoint if self.program else self.preload)
 
 
 @dataclass(frozen=True)

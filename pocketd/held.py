@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pocketd.templates import Progress, Template
 
 NUMBERS = 1 << 20  # above those of the service's own templates
-HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint
+HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
 QUIET = 2.0  # seconds without a change of the pocket's files before it is held again
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 BACKOFF = 10.0  # seconds before a template that died is made again
@@ -195,16 +195,15 @@ class Held:
 
     async def _try(self, daemon: Daemon, definition: Pocket, progress: Progress, rehearse: bool) -> Holder:
         g = self.generation
-        assert definition.program and definition.checkpoint
-        parent = await g.templates.get(None, progress)
+        plan = orders.plan_of(daemon, g, definition)
+        parent = await g.templates.get(plan.loaded(definition.mode), progress)
         if not g.init or not g.tree:
             raise Error("service", f"service {g.name} has ended")
-        what = "up to its checkpoint, and its rehearsal" if rehearse else "up to its checkpoint"
-        progress(f"{definition.name}: running {definition.program} {what}")
+        progress(f"{definition.name}: {_doing(definition, rehearse)}")
         holder = self._place(daemon, definition, parent)
         try:
             with ExitStack() as stack:
-                message, passed = self._orders(daemon, definition, holder, rehearse, stack)
+                message, passed = self._orders(daemon, definition, plan, holder, rehearse, stack)
                 reply, fds = await g.init.call("hold", passed, timeout=HOLD_TIMEOUT, **message)
                 fds.close()
             if holder.stale:
@@ -241,21 +240,23 @@ class Held:
         return holder
 
     def _orders(
-        self, daemon: Daemon, definition: Pocket, holder: Holder, rehearse: bool, stack: ExitStack
+        self, daemon: Daemon, definition: Pocket, plan: orders.Plan, holder: Holder, rehearse: bool, stack: ExitStack
     ) -> tuple[Message, list[int]]:
         g = self.generation
         files = shown.defined_files(daemon.identities, definition, holder.uid, stack)
-        plan = orders.plan_of(daemon, g, definition)
         environment = {"HOME": holder.homes[0] if holder.homes else "/", **_own_environment(), **definition.env}
-        hold = {
-            "program": os.path.join(definition.dir, str(definition.program)),
-            "checkpoint": definition.checkpoint,
+        hold: Message = {
             "rehearse": list(definition.rehearse or ()) if rehearse else None,
-            "rehearse_until": definition.rehearse_until,
-            "packages": os.path.join(definition.dir, definition.packages) if definition.packages else None,
             "environment": environment,
             "filters": filters.compiled(clone3=True),
         }
+        if definition.program:
+            hold["program"] = os.path.join(definition.dir, definition.program)
+            hold["checkpoint"] = definition.checkpoint
+            hold["rehearse_until"] = definition.rehearse_until
+            hold["packages"] = os.path.join(definition.dir, definition.packages) if definition.packages else None
+        else:
+            hold["preload"] = list(definition.preload)
         more = {"hold": hold, "homes": list(holder.homes)}
         told = orders.orders(g, plan, "hold", files, None, more)
         stack.callback(os.close, told)
@@ -319,7 +320,7 @@ class Held:
         seen = holder.seen(leaf)
         try:
             passed = [leaf.fd, given["session"], given["hold"], seen]
-            fields: dict[str, Any] = {"template": holder.number, "mode": "program", "note": session.note}
+            fields: dict[str, Any] = {"template": holder.number, "mode": session.note["mode"], "note": session.note}
             fields["marks"] = marks
             _, received = await g.init.call("launch", passed, session=session.id, **fields)
         finally:
@@ -434,7 +435,7 @@ class Held:
 
         def quiet() -> None:
             present = daemon.config.pockets.get(name)
-            if present and present.checkpoint and self.generation.running and name not in self.current:
+            if present and present.is_held and self.generation.running and name not in self.current:
                 self.begin(daemon, present)
 
         self._watches[name] = daemon.files.watch(name, tops, apart, changed, quiet, QUIET)
@@ -474,6 +475,13 @@ def _not_to_rehearse(definition: Pocket) -> str | None:
     if definition.allow.network != "none" or definition.allow.devices:
         return "a pocket with a network or devices is not rehearsed: what its sample does there cannot be undone"
     return None
+
+
+def _doing(definition: Pocket, rehearse: bool) -> str:
+    if not definition.program:
+        return f"preloading {', '.join(definition.preload)}"
+    what = "up to its checkpoint, and its rehearsal" if rehearse else "up to its checkpoint"
+    return f"running {definition.program} {what}"
 
 
 def _own_environment() -> dict[str, str]:

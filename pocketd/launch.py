@@ -73,9 +73,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             files = await shown.callers_files(daemon.identities, shown_as, peer, request, given, stack)
         files += await unit.notify(request, given.get("notify"), peer, stack)
         secret = unit.credentials(request, given.get("credentials"))
-        models = plan.models if mode == "client" and plan.models else None
         with _for_operators(peer, service.name):
-            template = await generation.templates.get(models, progress)
+            template = await generation.templates.get(plan.loaded(mode), progress)
         if not generation.running:
             raise Error("service", f"service {generation.name} was switched off meanwhile; ask again")
         if wire.field(request, "adopt", bool, False):

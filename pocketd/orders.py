@@ -38,6 +38,10 @@ class Plan:
     limits: Limits
     home: str
 
+    def loaded(self, mode: str) -> frozenset[str] | None:
+        """The models that a worker's template holds; None: it comes from the root template."""
+        return self.models if mode == "client" and self.models else None
+
 
 def plan_of(daemon: Daemon, generation: Generation, definition: Pocket) -> Plan:
     """The same for a defined pocket whoever runs it, without a home."""

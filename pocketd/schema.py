@@ -253,6 +253,12 @@ def module(value: object) -> str:
     return value
 
 
+def preloaded(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(rf"{_MODULE}(?::{_MODULE})?", value, re.ASCII):
+        raise Invalid('is neither a module nor a function of one; write "app", or "app:ready" to have that called')
+    return value
+
+
 def model(name: str, value: object) -> ModelFile | ModelFactory:
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", name):
         raise Invalid("is not a name for a model; use letters, digits, '_', '.' and '-', at most 63")
@@ -466,6 +472,7 @@ def pocket(name: str, reader: Reader, refusals: Refusals, path: Path | None) -> 
         rehearse=reader.take("rehearse", several(argument, 'rehearse = ["sample.jpg"]'), None),
         rehearse_until=reader.take("rehearse_until", until, None),
         max_age=reader.take("max_age", seconds(1, 1e9), None),
+        preload=reader.take("preload", several(preloaded, 'preload = ["app", "app:ready"]'), ()),
     )
     allow.finish()
     reader.finish()

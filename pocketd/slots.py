@@ -39,6 +39,7 @@ class Slot:
     pocket: str
     definition: Pocket
     parent: Template | Holder
+    uid: int
     leaf: Cgroup
     homes: tuple[str, ...]
     held: int | None  # the number of the pocket's template that it comes from
@@ -145,7 +146,7 @@ class Slots:
     async def _make(self, daemon: Daemon, definition: Pocket) -> None:
         g = self.generation
         holder = None
-        if definition.program and definition.checkpoint:
+        if definition.is_held:
             with suppress(Error):
                 holder = await g.held.get(daemon, definition, lambda text: None)
         with ExitStack() as stack:
@@ -157,16 +158,15 @@ class Slots:
     async def _from_root(self, daemon: Daemon, definition: Pocket, stack: ExitStack) -> None:
         g = self.generation
         plan = orders.plan_of(daemon, g, definition)
-        mode = "program" if definition.program else "client"
-        template = await g.templates.get(plan.models if mode == "client" and plan.models else None)
+        template = await g.templates.get(plan.loaded(definition.mode))
         identity = os.urandom(16).hex()
         homes = orders.homes(definition)
         files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
-        told = orders.orders(g, plan, mode, files, None, {"slot": True, "homes": list(homes)})
+        told = orders.orders(g, plan, definition.mode, files, None, {"slot": True, "homes": list(homes)})
         stack.callback(os.close, told)
         orders.make_pocket(g, plan.name, plan.limits, identity)  # last: what can fail was before it
         leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
-        slot = Slot(identity, plan.name, definition, template, leaf, homes, None)
+        slot = Slot(identity, plan.name, definition, template, plan.uid, leaf, homes, None)
         host = plan.network == "host"
         passed = [leaf.fd, told, *(fd for fd, _ in files), *([daemon.network] if host else [])]
         await self._ask(slot, template.number, host, passed)
@@ -176,22 +176,22 @@ class Slots:
         leaf = holder.leaf(identity)
         seen = holder.seen(leaf)
         stack.callback(os.close, seen)
-        slot = Slot(identity, definition.name, definition, holder, leaf, holder.homes, holder.number)
+        slot = Slot(identity, definition.name, definition, holder, holder.uid, leaf, holder.homes, holder.number)
         await self._ask(slot, holder.number, False, [leaf.fd, seen])
 
     async def _ask(self, slot: Slot, template: int, host: bool, passed: list[int]) -> None:
         g = self.generation
         assert g.init
         self.by_id[slot.id] = slot
-        note = {"slot": True, "pocket": slot.pocket, "leaf": slot.leaf.kernel_path, "held": slot.held}
+        leaf = slot.leaf.kernel_path
+        note = {"slot": True, "pocket": slot.pocket, "uid": slot.uid, "leaf": leaf, "held": slot.held}
         slot.sock, theirs = messages.pair()
         slot.sock.setblocking(False)
         asyncio.get_running_loop().add_reader(slot.sock, self._hear, slot)
         try:
             fds = [passed[0], theirs.fileno(), *passed[1:]]
-            mode = "program" if slot.definition.program else "client"
             fields: dict[str, Any] = {
-                "mode": mode,
+                "mode": slot.definition.mode,
                 "slot": slot.id,
                 "template": template,
                 "note": note,

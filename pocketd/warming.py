@@ -16,27 +16,30 @@ if TYPE_CHECKING:
 
 
 async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progress) -> Message:
-    """Hold a pocket at its checkpoint; returns when it is. Raises Error that says why it cannot be."""
+    """Hold a pocket at its checkpoint, or preloaded; returns when it is. Raises Error that says why it cannot be."""
     service, definition = await daemon.resolve(name, peer)
     if definition is None:
         raise Error("bad-request", f"{name} is a service, which is warm while it is on: pocket {name} on")
-    if not (definition.checkpoint or definition.warm):
-        raise Error(
-            "hold",
-            f'{name} has neither a checkpoint nor slots; its definition may have checkpoint = "main", to be held '
-            "before that function is first called, and warm = 1, for a worker made ahead of time",
-        )
+    if not (definition.is_held or definition.warm):
+        raise Error("hold", f"{name} has nothing to be warm; its definition may have {_choices(definition)}")
     permissions.check_may_run(definition, peer)
     generation = await service.on(progress)
     with generation.busy():
         facts: Message = {}
-        if definition.checkpoint:
+        if definition.is_held:
             generation.held.forget_failure(name)
             facts = (await generation.held.get(daemon, definition, progress)).facts
         if definition.warm:
             progress(f"{name}: making {definition.warm} slots")
             await generation.slots.fill(daemon, definition)
-    return {"name": name, "service": service.name, "slots": definition.warm, **facts}
+    return {"name": name, "service": service.name, "slots": definition.warm, "mode": definition.mode, **facts}
+
+
+def _choices(definition: Pocket) -> str:
+    slots = "warm = 1, for a worker made ahead of time"
+    if definition.program:
+        return f'checkpoint = "main", to be held before that function is first called, and {slots}'
+    return f'preload = ["app"], to have that module of its directory imported for all sessions, and {slots}'
 
 
 def cool(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
@@ -83,7 +86,7 @@ def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
     the reason."""
     ready = sum(g.slots.count(definition.name) for s in daemon.services.values() for g in s.generations())
     slots = {"slots": ready, "warm": definition.warm} if definition.warm else {"slots": None, "warm": 0}
-    if not definition.checkpoint:
+    if not definition.is_held:
         return {"held": None, **slots}
     for service in daemon.services.values():
         for g in service.generations():

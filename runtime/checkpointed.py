@@ -284,7 +284,7 @@ class Checkpointed(Held):
         self.differing({**said, "directory": os.fsencode(self.orders["directory"])}, Fds())
         self.recorder.fill("argv", [self.program])
 
-    def take_over(self, start: Message, given: Fds, sock: socket.socket) -> None:
+    def take_over(self, start: Message, given: Fds, sock: socket.socket, output: int) -> None:
         sock.close()
         present, fds = wire.field(start, "stdio", list), given.rest()
         if len(present) != len(fds) or any(n not in (0, 1, 2) for n in present):

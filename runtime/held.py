@@ -2,7 +2,7 @@
 
 It is untrusted from its first line on: what it says, init believes no more than the kernel confirms. Each child is born
 in a leaf of its session and takes over what is its caller's alone. What runs before the fork, and what after it, is a
-subclass's matter: runtime.checkpointed.
+subclass's matter: runtime.checkpointed, runtime.preloaded.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Held:
     """One process, from the first line of the pocket's code to the forks that go on with it."""
 
     words: Words
+    is_program = True  # with arguments and an input that are each run's own
 
     def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
         self.template = template
@@ -49,9 +50,9 @@ class Held:
         self.on_start: List[Callable[[], object]] = []
         self.open_files: Tuple[int, ...] = ()
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
-        self.recorder = recorded.Recorder(tops, f"{self.words.before}; {self.words.instead}")
+        self.recorder = recorded.Recorder(tops, f"{self.words.before}; {self.words.instead}", self.is_program)
         self.seeds = seeds.Seeds()
-        self.streams = streams.Streams(self.recorder.reconfigured)
+        self.streams = streams.Streams(self.recorder.reconfigured, self.is_program)
         self.reports = -1  # where a run of the sample writes which pages it made its own
         self.pages = workingset.WorkingSet()
         self.run_size = 0  # bytes that a run of the sample had of its own
@@ -75,8 +76,9 @@ class Held:
         """In a slot: go once through what will be done with a session's start."""
         raise NotImplementedError
 
-    def take_over(self, start: Message, given: Fds, sock: socket.socket) -> None:
-        """Be the process of this session's caller. Takes over `sock`, the session's socket."""
+    def take_over(self, start: Message, given: Fds, sock: socket.socket, output: int) -> None:
+        """Be the process of this session's caller. Takes over `sock`, the session's socket. `output`: where a client's
+        session prints, -1 for a program, which has its streams in `given`."""
         raise NotImplementedError
 
     def apologize(self, error: Error) -> None:
@@ -192,15 +194,17 @@ class Held:
                     self.scratch.clear(message["until"])
                     continue
                 leaf, session = fds.take(), fds.take()
+                output = fds.take() if len(fds) else -1
                 try:
-                    self.fork(message, leaf, session, avoid)
+                    self.fork(message, leaf, session, avoid, output)
                 finally:
-                    os.close(leaf)
-                    os.close(session)
+                    for fd in (leaf, session, output):
+                        if fd >= 0:
+                            os.close(fd)
                 if self.child:
                     return
 
-    def fork(self, message: Message, leaf: int, session: int, avoid: Tuple[int, ...]) -> None:
+    def fork(self, message: Message, leaf: int, session: int, avoid: Tuple[int, ...], output: int) -> None:
         launch, trace = message["launch"], Trace(message.get("marks"))
         trace.mark("the pocket's template has the request")
         changed = self.outdated()
@@ -218,7 +222,7 @@ class Held:
             return
         try:
             trace.mark("the worker is born")
-            self.become(message, session, avoid, trace)
+            self.become(message, session, avoid, output, trace)
         except BaseException as e:
             error = e if isinstance(e, Error) else Error("launch", f"{type(e).__name__}: {e}")
             if self.child:  # its caller's start is taken
@@ -234,7 +238,7 @@ class Held:
 
     # -- in a child
 
-    def become(self, message: Message, session: int, avoid: Tuple[int, ...], trace: Trace) -> None:
+    def become(self, message: Message, session: int, avoid: Tuple[int, ...], output: int, trace: Trace) -> None:
         """Be the process of one run, or say why this run cannot come from here and end: nothing of its caller's has
         been taken from the session's socket then."""
         launch = message["launch"]
@@ -276,7 +280,7 @@ class Held:
         os.close(self.log)
         if not message.get("slot"):
             self.renew()
-        self.take_over(start, given, sock)
+        self.take_over(start, given, sock, output)
         trace.mark("environment, directory, streams, random state are its caller's")
         trace.print(start.get("trace"))
 
@@ -289,12 +293,14 @@ class Held:
         return f"{name} is not what {who} saw {before}; env in its definition makes it the same"
 
     def elsewhere(self, start: Message) -> Optional[str]:
-        """Whether the directory was looked at, and is another one in this run."""
-        here = os.fsencode(self.orders["directory"])
-        if not self.recorder.directory or start.get("directory") in (here, b"/pocket"):
+        """Whether the directory was looked at, and is another one in this run. One that is not there becomes the
+        pocket's (interpreter.change_directory)."""
+        started = wire.field(start, "directory", bytes, b"/pocket")
+        here = os.fsencode(self.orders["directory"]), b"/pocket"
+        if not self.recorder.directory or started in here or not os.path.isdir(started):
             return None
-        started = os.fsdecode(start["directory"])
-        return f"it was started in {started}, and {self.words.who} looked at its directory {self.words.before}"
+        where = os.fsdecode(started)
+        return f"it was started in {where}, and {self.words.who} looked at its directory {self.words.before}"
 
     def prepare(self) -> None:
         """In a slot: do what can be done before it is known for whom, and go through the rest once."""

@@ -39,6 +39,7 @@ class Holding:
     launches: int
     watch: Callable[..., None]
     unwatch: Callable[[int], None]
+    hear_worker: Callable[[Session], None]
     tell: Callable[..., None]
     fail: Callable[[Session, Error], None]
     kill: Callable[[Session], None]
@@ -55,7 +56,7 @@ class Holding:
     # -- a template
 
     def on_hold(self, message: Message, fds: Fds) -> None:
-        """Make a pocket's template: a worker of template `parent`, which runs its program up to its checkpoint."""
+        """Make a pocket's template: a worker of template `parent`, in which its pocket's code is held."""
         self.refuse_when_stopping()
         parent = self.templates.get(message["parent"])
         if not parent or not parent.ready:
@@ -185,17 +186,25 @@ class Holding:
     # -- its sessions
 
     def launch_held(
-        self, t: Template, s: Session, shown: int, session_fd: int, marks: Any = (), slot: bool = False
+        self, t: Template, s: Session, shown: int, session_fd: int, mode: str, marks: Any = (), slot: bool = False
     ) -> None:
         """Have a pocket's template make a worker, or a slot, whose socket is `session_fd`. `shown` is the session's
-        leaf as the template may have it."""
+        leaf as the template may have it. In client mode it prints into a pipe of ours."""
         s.events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=s.leaf)
         populated(s)  # from here on a change is told
         self.watch(s.events, lambda: self.leaf_changed(s), select.EPOLLPRI)
+        passed, out = [shown, session_fd], -1
         try:
-            wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot, "marks": marks}, [shown, session_fd])
+            if mode == "client":
+                s.output, out = output_pipe()
+                self.hear_worker(s)
+                passed.append(out)
+            wire.send(t.talk, {"op": "fork", "launch": s.launch, "slot": slot, "marks": marks}, passed)
         except OSError as e:
             self.fail(s, Error("held", f"template {t.number} does not take a launch: {e}"))
+        finally:
+            if out >= 0:
+                os.close(out)
 
     def hand_back(self, s: Session, error: Error) -> None:
         """A pocket's template has made no worker for a launch: pocketd has the caller's sockets still and goes another
@@ -245,7 +254,7 @@ class Holding:
                 while t and s.launch in self.launching and self.hear_held(t):
                     pass  # what it said before it ended
                 if self.launching.pop(s.launch, None):
-                    self.fail(s, Error("held", "its worker ended before its program went on"))
+                    self.fail(s, Error("held", "its worker ended before the session went on"))
                 elif not s.pid and not s.ended:
                     self.born_early(s)
                 return True

@@ -417,7 +417,7 @@ class Init(Holding, Slots):
         self.watch(hold.fileno(), lambda: self.hear_caller(s))
         if pause is None:
             marks = marked(message, "init asks the pocket's template")
-            self.launch_held(t, s, orders, session_fd, marks)
+            self.launch_held(t, s, orders, session_fd, message["mode"], marks)
             os.close(session_fd)
             os.close(orders)
             return

@@ -32,11 +32,13 @@ class Refused(Ours):
 
 class Recorder:
     """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages. `advice`:
-    how a refusal goes on."""
+    how a refusal goes on. `program`: it will have arguments and an input of its own, which a client's session has not.
+    """
 
-    def __init__(self, tops: Tuple[str, ...], advice: str):
+    def __init__(self, tops: Tuple[str, ...], advice: str, program: bool):
         self.tops = tops
         self.advice = advice
+        self.program = program
         self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
         self.changes: Dict[bytes, Optional[bytes]] = {}  # what the program itself set, or took away (None)
         self.files: Dict[str, Identity] = {}
@@ -58,7 +60,8 @@ class Recorder:
             sys.addaudithook(_heard)  # for good: nothing takes it away again
             _hooked = True
         self._environment()
-        self._arguments()
+        if self.program:
+            self._arguments()
         self._streams()
         self._functions()
         _active = self
@@ -126,11 +129,11 @@ class Recorder:
             for layer in (stream, stream.buffer, getattr(stream.buffer, "raw", stream.buffer)):
                 layer.isatty = partial(self.asked, fd)
                 self._undo.append(partial(layer.__dict__.pop, "isatty", None))
-            if name == "stdin":
+            if name == "stdin" and self.program:
                 for method in ("read", "readline", "readlines"):
                     setattr(stream, method, self._reads_input)
                     self._undo.append(partial(stream.__dict__.pop, method, None))
-            else:
+            elif name != "stdin":
                 done = self.reconfigured.setdefault(name, [])
                 stream.reconfigure = _noting(stream, done)
                 self._undo.append(partial(stream.__dict__.pop, "reconfigure", None))
@@ -163,7 +166,7 @@ class Recorder:
 
     def opened(self, path: Any, flags: int) -> None:
         """A file is about to be opened: its state is what the program will have seen."""
-        if path in _INPUT or (path == 0 and not isinstance(path, bool)):
+        if self.program and (path in _INPUT or (path == 0 and not isinstance(path, bool))):
             self._reads_input()
         if path in _ARGUMENTS:
             self.refuse(f"it reads {path}{self.line(sys._getframe(1))}")

@@ -218,17 +218,7 @@ class Session:
         return function(*args, **kwargs)
 
     def _find(self, target: Any) -> Callable[..., Any]:
-        """The function "module:function", imported from the pocket's directory first."""
-        module, _, attribute = target.partition(":") if type(target) is str else ("", "", "")
-        if not module or not attribute:
-            raise Error("bad-request", f"{str(target)[:80]!r} names no function; write module:function")
-        found: Any = importlib.import_module(module)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-        if not callable(found):
-            raise TypeError(f"{target} is not callable")
-        self._functions[target] = found
-        function: Callable[..., Any] = found
+        function = self._functions[target] = find(target)
         return function
 
     def _load(self, path: str) -> wire.Message:
@@ -321,3 +311,17 @@ class Session:
         if not current:
             return
         self._cancelled = {id for id in self._cancelled if id > current}
+
+
+def find(target: Any) -> Callable[..., Any]:
+    """The function "module:function", imported from the pocket's directory first, with which sys.path begins."""
+    module, _, attribute = target.partition(":") if type(target) is str else ("", "", "")
+    if not module or not attribute:
+        raise Error("bad-request", f"{str(target)[:80]!r} names no function; write module:function")
+    found: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    if not callable(found):
+        raise TypeError(f"{target} is not callable")
+    function: Callable[..., Any] = found
+    return function

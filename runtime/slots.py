@@ -62,7 +62,7 @@ class Slots:
         out = -1
         try:
             if pause is None:
-                self.launch_held(t, s, orders, waits, slot=True)
+                self.launch_held(t, s, orders, waits, message["mode"], slot=True)
                 return
             self.pauses[pause.pid] = s
             passed = [leaf, pause.pidfd, waits, orders, *fds]

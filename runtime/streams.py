@@ -18,19 +18,24 @@ _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
 class Streams:
-    """`reconfigured`: what was asked of each by reconfigure(), as it is noted (runtime.recorded)."""
+    """`reconfigured`: what was asked of each by reconfigure(), as it is noted (runtime.recorded). `has_input`: there
+    will be some to read, which is each run's own."""
 
-    def __init__(self, reconfigured: Mapping[str, List[Dict[str, Any]]]):
+    def __init__(self, reconfigured: Mapping[str, List[Dict[str, Any]]], has_input: bool):
         self.printed: Dict[int, Tuple[bytes, bytes]] = {}  # what had been written, and what a buffer held
         self._reconfigured = reconfigured
+        self._has_input = has_input
         self._objects: Dict[str, Tuple[Any, Any]] = {}
         self._files: Dict[int, int] = {}  # inodes of what 0, 1 and 2 are up to the fork
 
     def take(self) -> None:
         """Nothing to read, and output into files."""
         for number, name, mode in _STREAMS:
-            fd = os.memfd_create(name, os.MFD_CLOEXEC)
-            if mode == "r":
+            if mode == "r" and not self._has_input:
+                fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            if mode == "r" and self._has_input:
                 os.write(fd, b"\n")  # so that whoever reads moves the offset
                 os.lseek(fd, 0, os.SEEK_SET)
             os.dup2(fd, number)

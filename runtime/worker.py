@@ -19,7 +19,7 @@ from nsutil import clone, memory, mounts, namespaces, privileges, processes
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import checkpointed, cold, interpreter, observed, program, randomness, session, slot, threads
+from runtime import checkpointed, cold, interpreter, observed, preloaded, program, randomness, session, slot, threads
 from runtime.confinement import EMPTY, confine, homes_of
 from runtime.trace import Trace
 
@@ -66,7 +66,8 @@ def run(
             randomness.renew()
             fit(template, message)
             clean.restore()
-            code = checkpointed.Checkpointed(template, sock, message, output).run()
+            kind = preloaded.Preloaded if "preload" in hold else checkpointed.Checkpointed
+            code = kind(template, sock, message, output).run()
             interpreter.finish(code, full=message["exit"] == "full")
         trace.mark("its privileges are gone")
         waited = message.get("slot") is True

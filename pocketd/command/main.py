@@ -30,7 +30,7 @@ usage: pocket SERVICE on | off               switch a service on or off (also: p
        pocket allow | deny [--persist] NAME RIGHT...
                                               rights of a pocket's next launches: network=host, model=NAME,
                                               write=PATH, device=/dev/NAME, mount=SRC[:DST][:rw]
-       pocket warm NAME | cool NAME           hold a pocket at its checkpoint, ready to go on from there; give that up
+       pocket warm NAME | cool NAME           hold a pocket at its checkpoint, or preloaded; give that up
        pocket suggest NAME [ARG...]           run it once, and say where it could be held
        pocket inspect [--privileges] NAME     a definition, and the limits that hold; or what its workers may do
 
@@ -243,7 +243,8 @@ def warm(options: Options) -> None:
     name = reply["name"]
     if "threads" in reply:
         how = "held and rehearsed" if reply["rehearsed"] else "held"
-        print(f"{name} is {how}: {reply['seconds'] or 0:.2f} s to its checkpoint, {reply['threads']} threads")
+        what = "to its checkpoint" if reply["mode"] == "program" else "to preload"
+        print(f"{name} is {how}: {reply['seconds'] or 0:.2f} s {what}, {reply['threads']} threads")
         if reply["working_set"]:
             print(f"{name}: a run makes {reply['working_set'] / (1 << 20):.1f}M its own")
         if reply["runs"] is not None:
@@ -251,7 +252,8 @@ def warm(options: Options) -> None:
     if reply["slots"]:
         print(f"{name}: {reply['slots']} slots")
     for what in reply.get("unsure", ()):
-        print(f"{name}: its runs share the state of a {what}: make it after the checkpoint")
+        later = "after the checkpoint" if reply["mode"] == "program" else "in a function that sessions call"
+        print(f"{name}: its runs share the state of a {what}: make it {later}")
 
 
 def cool(options: Options) -> None:

@@ -64,7 +64,7 @@ def table(reply: dict[str, Any]) -> str:
 
 
 def held(row: dict[str, Any]) -> str:
-    """Whether a pocket is held at its checkpoint, and what of its memory is its template's own."""
+    """Whether a pocket is held, and what of its memory is its template's own."""
     if row.get("held") in ("held", "rehearsed"):
         return f"{row['held']}, {size(row['template_private'])}"
     return row.get("held") or "-"
