@@ -18,7 +18,7 @@ from nsutil import processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import interpreter, program, recorded, session
+from runtime import hints, interpreter, program, recorded, session
 from runtime.held import FAILED, Held, Words
 
 
@@ -72,6 +72,9 @@ class Preloaded(Held):
             self.fail(f"{name}: {e}")
         except BaseException as e:
             program.report(e)
+            missing = hints.hint(e, self.orders)
+            if missing:
+                interpreter.complain(f"{missing}\n")
             self.fail(f"{name} failed: {shown(e)}")
 
     def name_process(self, what: str) -> None:

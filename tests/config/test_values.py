@@ -101,6 +101,10 @@ def test_preload_takes_names_of_modules_only(load, module):
         ("warm = 1.5", "whole number from 0"),
         ("checkpoint = 3", "write it in quotes"),
         ('rehearse = "x"', 'rehearse = ["sample.jpg"]'),
+        ('preload = "app"', 'preload = ["app", "app:ready"]'),
+        ('preload = ["app:"]', "neither a module nor a function of one"),
+        ('preload = ["app.py:f g"]', "neither a module nor a function of one"),
+        ("preload = [3]", "neither a module nor a function of one"),
         ('requires = ["tensorflow >= "]', "is not a requirement"),
         ('requires = ["tensorflow; os_name"]', "is not a requirement"),
         ('requires = "tensorflow"', 'requires = ["tensorflow>=2.15"]'),
@@ -136,9 +140,35 @@ def test_what_is_done_ahead_of_time(load):
     assert load(pocket('program = "p.py"\ncheckpoint = "main"\nrehearse = []')).pockets["p"].rehearse == ()
 
 
+def test_what_is_done_ahead_of_time_for_clients(load):
+    found = load(pocket('preload = ["app", "vision.detect:Detector.warm"]\nwarm = 2\nmax_age = 60'))
+    assert not found.problems
+    p = found.pockets["p"]
+    assert p.preload == ("app", "vision.detect:Detector.warm") and (p.mode, p.is_held) == ("client", True)
+    assert not load(pocket("")).pockets["p"].is_held
+
+
+def test_a_preload_without_a_named_service_is_looked_at_too(load):
+    text = pocket('preload = ["app"]\nprogram = "p.py"').replace('service = "s"', 'requires = ["tensorflow"]')
+    [problem] = load(text).problems
+    assert "preload is for client mode" in f"{problem.key.rpartition('.')[2]} {problem.message}"
+
+
+def test_a_preload_for_a_service_without_python(load):
+    [problem] = load(
+        '[service.s]\nruntime = "exec"\n[pocket.p]\nservice = "s"\ndir = "DIR/detect"\npreload = ["app"]'
+    ).problems
+    assert problem.key == "pocket.p.preload" and "which has no Python" in problem.message
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
+        ('preload = ["app"]\nprogram = "p.py"', "preload.*program is for programs; leave one of the two out"),
+        ('preload = ["app"]\nprogram = "p.py"\ncheckpoint = "main"', "preload.*program is for programs"),
+        ('preload = ["app"]\ncheckpoint = "main"', "preload.*checkpoint is for programs"),
+        ('preload = ["app"]\ncold = true', "preload.*contradicts cold"),
+        ('preload = ["app"]\nrehearse = []', "rehearse.*without a checkpoint"),
         ('checkpoint = "main"', "checkpoint.*without a program"),
         ('program = "p.py"\nrehearse = []', "rehearse.*without a checkpoint"),
         ('program = "p.py"\nmax_age = 3', "max_age.*without a checkpoint"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pocketd.client import login
 from pocketd.command import main as command
 from tests.conftest import ROOT, TIMEOUT, service_environment, toml_table
 
@@ -19,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_first_app_runs_with_the_configuration_beside_it(own_pocketd, tmp_path: Path):
-    (app,), (configuration, _) = blocks("python"), blocks("toml")
+    (app,), (configuration, *_) = blocks("python"), blocks("toml")
     assert len([line for line in app.splitlines() if line.strip()]) <= 10
     model = tmp_path / "mobilenet.keras"
     subprocess.run([sys.executable, "-c", SAVE, model], check=True, capture_output=True, timeout=TIMEOUT)
@@ -53,7 +54,7 @@ main()
 
 
 def test_a_pocket_is_held_as_it_says(own_pocketd, tmp_path: Path):
-    _, configuration = blocks("toml")
+    _, configuration, _ = blocks("toml")
     place = tmp_path / "detect"
     place.mkdir()
     (place / "detect.py").write_text(PROGRAM)
@@ -66,6 +67,34 @@ def test_a_pocket_is_held_as_it_says(own_pocketd, tmp_path: Path):
     assert daemon.pocket("detect", "photo.jpg").stdout == "photo.jpg 6.0\n"
     (row,) = daemon.ps()["pockets"]
     assert (row["held"], row["warm"]) == ("rehearsed", 2)
+
+
+MODULE = """
+found = []
+
+
+def ready():
+    found.append("made once")
+
+
+def find(image):
+    return [*found, image]
+"""
+
+
+def test_client_sessions_go_on_from_modules_as_it_says(own_pocketd, tmp_path: Path):
+    _, _, configuration = blocks("toml")
+    said = re.search(r'login\("(\w+)"\), session\.call\("(\w+:\w+)", image\)', configuration)
+    assert said
+    place = tmp_path / "vision"
+    place.mkdir()
+    (place / "app.py").write_text(MODULE)
+    service = '[service.tensorflow]\nruntime = "python"\n'  # the same but for the import
+    daemon = own_pocketd(service + configuration.replace("/srv/vision", str(place)))
+    assert daemon.pocket("warm", said[1]).stdout.startswith("vision is held")
+    with login(said[1], runtime_dir=str(daemon.runtime_dir)) as session:
+        assert session.call(said[2], 3) == ["made once", 3]
+    assert "way=held" in daemon.log.read_text()
 
 
 def test_the_files_that_it_names_are_there():

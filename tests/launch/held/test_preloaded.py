@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,7 @@ WRONG = {
     "what is no function": ("ready = 3\n", ["app:ready"], "app:ready is not callable"),
     "a function with arguments": ("def ready(x): pass\n", ["app:ready"], "missing 1 required positional argument: 'x'"),
     "a function that fails": ("def ready():\n    raise ValueError('no weights')\n", ["app:ready"], "ValueError: no weights"),
+    "a network that it has not": ("import socket\nsocket.create_connection(('192.0.2.1', 80))\n", ["app"], r"OSError.*(\n.*)*pocket: this pocket has no network; to allow it, as root: pocket allow p\d+ network=host"),
     "an exit": ("import sys\nsys.exit('enough')\n", ["app"], "SystemExit: enough"),
     "its end": ("import os\nos._exit(3)\n", ["app"], "ended before it was ready"),
     "the whole environment": ("import os\nenvironment = dict(os.environ)\n", ["app"], "it reads the whole environment in .*app.py, line 2 while it is preloaded; do that in a function"),
@@ -669,10 +671,12 @@ def test_a_model_of_the_service_beside_what_is_preloaded(own, small_model):
     pocket: Pocket = own(config).make(
         KERAS.format(seed=""), None, "tensorflow", program=None, preload=["app:ready"], allow={"models": ["small"]}
     )
+    shutil.copy(small_model[0], pocket.place / "own.keras")
     pocket.warm()
     with enter(pocket) as session:
         image = session.tensor((1, 32, 32, 3), "float32")
         image.numpy()[...] = 1
-        assert numpy.allclose(session.model("small")(image).numpy(), small_model[1], atol=1e-6)
+        for model in (session.model("small"), session.load("own.keras")):
+            assert numpy.allclose(model(image).numpy(), small_model[1], atol=1e-6)
         scores(session)
     assert pocket.ways() == ["held"]
