@@ -50,7 +50,10 @@ class Held:
         self.on_start: List[Callable[[], object]] = []
         self.open_files: Tuple[int, ...] = ()
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
-        self.recorder = recorded.Recorder(tops, f"{self.words.before}; {self.words.instead}", self.is_program)
+        scratch = tuple(f"{top}/" for top in ("/tmp", "/dev/shm", *orders["homes"]))
+        shown = *tops, *(f"{place['target']}/" for place in orders["mounts"])
+        advice = f"{self.words.before}; {self.words.instead}"
+        self.recorder = recorded.Recorder(tops, scratch, shown, advice, self.is_program)
         self.seeds = seeds.Seeds()
         self.streams = streams.Streams(self.recorder.reconfigured, self.is_program)
         self.reports = -1  # where a run of the sample writes which pages it made its own

@@ -31,12 +31,17 @@ class Refused(Ours):
 
 
 class Recorder:
-    """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages. `advice`:
-    how a refusal goes on. `program`: it will have arguments and an input of its own, which a client's session has not.
-    """
+    """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages. `scratch`:
+    directories that were empty at first, such as its own /tmp; `shown`: what is shown of others' beneath them all the
+    same. `advice`: how a refusal goes on. `program`: it will have arguments and an input of its own, which a client's
+    session has not."""
 
-    def __init__(self, tops: Tuple[str, ...], advice: str, program: bool):
+    def __init__(
+        self, tops: Tuple[str, ...], scratch: Tuple[str, ...], shown: Tuple[str, ...], advice: str, program: bool
+    ):
         self.tops = tops
+        self.scratch = scratch
+        self.shown = shown
         self.advice = advice
         self.program = program
         self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
@@ -73,6 +78,15 @@ class Recorder:
             undo()
         self._undo.clear()
         self._plain_arguments()
+        self._forget_generated()
+
+    def _forget_generated(self) -> None:
+        """Modules that the program itself wrote into its scratch and has imported. A run may remove their files at its
+        end, as TensorFlow does with what autograph generated; all others have them in memory."""
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__file__", None)
+            if isinstance(name, str) and name.startswith(self.scratch) and not name.startswith(self.shown):
+                self.files.pop(name, None)
 
     def _set(self, holder: Any, name: str, value: Any) -> Any:
         """Replace an attribute until the end. Returns what it was."""

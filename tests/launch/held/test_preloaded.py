@@ -611,7 +611,11 @@ def ready():
 def score(image):
     if not built:
         ready()
-    return len(built), built[0](image, training=False)
+    return len(built), run(image)
+
+@tf.function
+def run(image):
+    return built[0](image, training=False)
 
 def draws():
     if not built:

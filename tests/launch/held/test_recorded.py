@@ -279,3 +279,40 @@ def test_standard_input_is_each_runs_own(hold):
     for n, run in enumerate(runs):
         out, _ = run.communicate(b"%d" % n)
         assert out == b"%d\n" % n
+
+
+GENERATED = """
+import atexit, os, sys
+os.makedirs("/tmp/made")
+sys.path.append("/tmp/made")
+open("/tmp/made/generated.py", "w").write("value = 3\\n")
+import generated
+atexit.register(lambda: os.path.exists(generated.__file__) and os.remove(generated.__file__))
+here = None
+print(generated.value)
+"""
+
+
+def test_a_module_that_the_program_wrote_and_each_run_removes(hold):
+    """As TensorFlow does with what autograph generated."""
+    pocket = hold(GENERATED, "here =")
+    pocket.warm()
+    for _ in range(3):
+        assert pocket.from_held().out == b"3\n"
+
+
+def test_a_function_of_tensorflow_that_was_traced_before(hold):
+    source = """
+        import tensorflow as tf
+        @tf.function
+        def double(x):
+            while x < 100: x *= 2
+            return x
+        double(tf.constant(3))
+        here = None
+        print(int(double(tf.constant(5))))
+        """
+    pocket = hold(source, "here =", service="tensorflow")
+    pocket.warm()
+    for _ in range(3):
+        assert pocket.from_held().out == b"160\n"
