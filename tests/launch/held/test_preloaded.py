@@ -443,6 +443,16 @@ def test_a_template_that_ends_is_made_again_and_sessions_go_on(preload, how):
     assert ask(pocket, "app:add", 1) == 1
 
 
+def test_it_is_made_anew_when_it_is_old(preload):
+    pocket = preload(APP, max_age=1)
+    pocket.warm()
+    old = pocket.template
+    with enter(pocket) as session:
+        assert wait_for(lambda: pocket.row().get("template_pid") not in (None, old))
+        assert session.call("app:add", 1) == 1
+    assert ask(pocket, "app:add", 1, way=None) == 1
+
+
 def test_a_slot_killed_is_passed_over(preload):
     pocket = preload(APP, warm=1)
     pocket.warm()
@@ -547,6 +557,14 @@ def own(own_pocketd, tmp_path):
     place = tmp_path / "pockets"
     place.mkdir()
     return lambda config: Pockets(own_pocketd(config), place)
+
+
+def test_it_gives_way_to_the_budget(own):
+    pocket: Pocket = own(f'{CONFIG}\n[held]\nbudget = "1M"\n').make(APP, None, program=None, preload=["app"], warm=1)
+    pocket.warm()
+    assert wait_for(lambda: pocket.events("pocket-given-up"))
+    assert "[held] budget is 1M" in pocket.events("pocket-given-up")[0]
+    assert ask(pocket, "app:add", 1, way="root") == 1
 
 
 @pytest.mark.parametrize("warm", [0, 1])
