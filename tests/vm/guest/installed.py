@@ -54,8 +54,10 @@ def journal(unit: str = "pocketd.service") -> str:
 
 
 def deploy(goal: str, wheel: Path) -> None:
-    """`make install` or `make uninstall`, with no network: from wheels that were made before."""
+    """`make install` or `make uninstall`, with no network: from wheels that were made before. An emulated machine takes
+    minutes to install pip and to compile all that there is: the checkout's pip does it, without bytecode."""
     environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(WHEELS), "EXTRAS": "", "SOURCE": str(wheel)}
+    environment |= {"PIP_NO_COMPILE": "1", "PIP": f"{ROOT / '.venv/bin/python'} -m pip"}
     run(ROOT / "deploy/install", goal, env={**os.environ, **environment})
 
 
