@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +72,8 @@ def test_without_a_network_the_first_setup_says_so_and_the_next_tries_again(tmp_
     assert not (top / ".venv" / ".stamps" / "run").exists()
 
 
-def test_with_all_in_place_it_is_silent_and_takes_less_than_a_second():
+def test_with_all_in_place_it_is_silent():
     if not (TOP / ".venv" / ".stamps" / "library").exists():
         pytest.skip("this tree was not set up by make")
-    began = time.monotonic()
     done = prepare(PYTHON=os.environ.get("PYTHON", ""))
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - began < 1
