@@ -1,7 +1,9 @@
 """python -m tests.vm: tests that need a machine of their own, in a VM that is gone afterwards.
 
 python -m tests.vm                                   the whole: the suites, and what the host's run had to skip
-python -m tests.vm --suites | --skipped              either: the suites, on both kernels, need no run on the host
+python -m tests.vm --suite 6.1                       a part of it: one kernel's suite,
+python -m tests.vm --skipped                         what the host skipped,
+python -m tests.vm --report                          what the parts that ran have left out
 python -m tests.vm tests/vm/guest/test_boot.py -k psi   one boot with these pytest arguments
 python -m tests.vm --run 'systemctl status'          one boot with this shell command
 """
@@ -20,7 +22,7 @@ from tests.vm.outcomes import Outcomes
 
 RESULTS = machine.CACHE / "results"
 OUTCOMES = "outcomes.json"
-GUESTS = NEWEST, OLDEST, SKIPPED = RESULTS / "newest", RESULTS / "6.1", RESULTS / "skipped"
+SKIPPED = RESULTS / "skipped"
 HOST_OUTCOMES = machine.CACHE / "outcomes-host.json"
 SUITE = "tests/vm/guest"
 ESCAPES = "tests/escape"
@@ -58,29 +60,30 @@ def boot(kernel_name: str, command: list[str], place: Path | None = None) -> mac
     return result
 
 
-def suites() -> int:
-    """The VM's own tests on the newest kernel; on the oldest those that are marked so."""
-    for place in GUESTS:
-        (place / OUTCOMES).unlink(missing_ok=True)
-    newest = boot("newest", [*PYTEST, SUITE], NEWEST)
-    oldest = boot("6.1", [*PYTEST, SUITE, ESCAPES, "-m", "oldest"], OLDEST)
-    return newest.status or oldest.status
+def suite(kernel: str) -> int:
+    """The VM's own tests; on the oldest kernel those that are marked so."""
+    place = RESULTS / kernel
+    (place / OUTCOMES).unlink(missing_ok=True)
+    words = [SUITE] if kernel == "newest" else [SUITE, ESCAPES, "-m", "oldest"]
+    return boot(kernel, [*PYTEST, *words], place).status
 
 
 def skipped() -> int:
-    """What the host had to skip; tests that ran nowhere are a failure."""
-    host, status = Outcomes(), 0
+    """What the host had to skip."""
     (SKIPPED / OUTCOMES).unlink(missing_ok=True)
-    if HOST_OUTCOMES.exists():
-        host = Outcomes.parse(HOST_OUTCOMES.read_bytes())
-        files = [f for f in sorted({test.split("::")[0] for test in host.skipped}) if (machine.ROOT / f).exists()]
-        if files:
-            status = boot("newest", [*PYTEST, "--skipped-in", str(HOST_OUTCOMES), *files], SKIPPED).status
-    else:
+    if not HOST_OUTCOMES.exists():
         print("vm: NO RECORD OF A WHOLE RUN ON THE HOST (make test): what it skips is not run here", file=sys.stderr)
-    found = [place / OUTCOMES for place in GUESTS]
-    failed = not report(host, [Outcomes.parse(path.read_bytes()) for path in found if path.exists()])
-    return status or int(failed)
+        return 0
+    host = Outcomes.parse(HOST_OUTCOMES.read_bytes())
+    files = [f for f in sorted({test.split("::")[0] for test in host.skipped}) if (machine.ROOT / f).exists()]
+    return boot("newest", [*PYTEST, "--skipped-in", str(HOST_OUTCOMES), *files], SKIPPED).status if files else 0
+
+
+def left_out() -> int:
+    """Tests that ran nowhere are a failure."""
+    host = Outcomes.parse(HOST_OUTCOMES.read_bytes()) if HOST_OUTCOMES.exists() else Outcomes()
+    found = [place / OUTCOMES for place in (*(RESULTS / kernel for kernel in machine.KERNELS), SKIPPED)]
+    return int(not report(host, [Outcomes.parse(path.read_bytes()) for path in found if path.exists()]))
 
 
 def report(host: Outcomes, guests: list[Outcomes]) -> bool:
@@ -115,8 +118,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--suites", action="store_true", help="the VM's own tests alone, on both kernels")
+    parser.add_argument("--suite", choices=machine.KERNELS, help="the VM's own tests alone, on this kernel")
     parser.add_argument("--skipped", action="store_true", help="what the last whole run on the host skipped, alone")
+    parser.add_argument("--report", action="store_true", help="say which tests ran nowhere, and fail over them")
     parser.add_argument("--kernel", choices=machine.KERNELS, help="for one boot (default: newest)")
     parser.add_argument("--run", metavar="COMMAND", help="a shell command instead of pytest")
     options, arguments = parser.parse_known_args()
@@ -126,9 +130,13 @@ def main() -> int:
             return boot(options.kernel or "newest", ["sh", "-c", options.run]).status
         if arguments or options.kernel:
             return boot(options.kernel or "newest", [*PYTEST, *(arguments or [SUITE])]).status
-        whole = not options.suites and not options.skipped
-        status = suites() if options.suites or whole else 0
-        return (skipped() if options.skipped or whole else 0) or status
+        if options.suite:
+            return suite(options.suite)
+        if options.skipped:
+            return skipped()
+        if options.report:
+            return left_out()
+        return max([*map(suite, machine.KERNELS), skipped(), left_out()])
     except (machine.NoMachine, machine.GuestFailed) as e:
         print(f"vm: {e}", file=sys.stderr)
         return 125
