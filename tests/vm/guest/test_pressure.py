@@ -399,7 +399,7 @@ def test_clocks_that_jump_end_nothing_and_refuse_nobody(watchdog, clock):
             clock(seconds)
             assert session.call("app:nothing") is None
             with rules(
-                wait=10, reserve=f"{room() - (60 << 20)}"
+                wait=120, reserve=f"{room() - (60 << 20)}"
             ):  # room for one worker; those that are there have grown
                 with login("second", timeout=TIMEOUT) as other:
                     assert other.call("app:nothing") is None
