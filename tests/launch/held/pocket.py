@@ -63,6 +63,10 @@ class Pocket(Both):
         """Of each session: "held", "slot", or "root"."""
         return [m[1] if (m := re.search(r"way=(\w+)", line)) else "root" for line in self.events("session-started")]
 
+    def went(self, *ways: str) -> bool:
+        """Whether its sessions came so; one that has ended may not be in the log yet."""
+        return wait_for(lambda: self.ways() == list(ways))
+
     def wait_held(self, times: int = 1) -> None:
         assert wait_for(lambda: len(self.events("pocket-held")) >= times), self.events("pocket-not-held")
 
@@ -72,7 +76,7 @@ class Pocket(Both):
         """Run it, and make sure that it came from its template."""
         self.forget()
         ended = self.pocket(*words, **options)
-        assert self.ways() == [way], (self.ways(), self.events("launch-not-held"), ended.shown())
+        assert self.went(way), (self.ways(), self.events("launch-not-held"), ended.shown())
         return ended
 
     def same(self, *words: str | bytes, mask: tuple[bytes, ...] = (), way: str = "held", **options: Any) -> Ended:

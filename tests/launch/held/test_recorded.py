@@ -135,7 +135,7 @@ def test_a_run_with_another_value_of_a_variable_that_was_read(hold, how):
     for value in ("x", ""):
         pocket.forget()
         assert pocket.pocket(env={"OTHER": value}).out == pocket.plain(env={"OTHER": value}).out
-        assert pocket.ways() == ["root"]
+        assert pocket.went("root")
         (why,) = pocket.events("launch-not-held")
         assert "OTHER is not what the program saw" in why
     pocket.same()
@@ -199,7 +199,7 @@ def test_the_directory_looked_at(hold):
     pocket.same(cwd=pocket.place)
     pocket.forget()
     assert pocket.pocket(cwd=pocket.place / "sub").out == f"{pocket.place}/sub\n".encode()
-    assert pocket.ways() == ["root"] and "looked at its directory" in pocket.events("launch-not-held")[0]
+    assert pocket.went("root") and "looked at its directory" in pocket.events("launch-not-held")[0]
 
 
 def test_a_relative_path(hold):
@@ -263,7 +263,7 @@ def test_what_cannot_be_carried_over_is_named_and_the_pocket_runs_without(hold, 
     assert word in why, why
     ended = pocket.pocket()
     assert (ended.status, ended.out) == (0, b"on\n")
-    assert pocket.ways() == ["root"]
+    assert pocket.went("root")
 
 
 def test_a_running_loop_is_named(hold):
