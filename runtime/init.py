@@ -705,9 +705,11 @@ def let_go(hold: socket.socket, trusted: bool) -> None:
     try:
         child = clone.fork()
         if child is None:
-            processes.close_others([hold.fileno(), waits])
-            os.read(waits, 1)  # until the other end is closed, and `hold` before it
-            os._exit(0)
+            try:
+                processes.close_others([hold.fileno(), waits])
+                os.read(waits, 1)  # until the other end is closed, and `hold` before it
+            finally:
+                os._exit(0)
         hold.close()
         os.close(child.pidfd)
     except OSError:
