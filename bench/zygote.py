@@ -20,11 +20,10 @@ import msgpack
 
 from bench import usage
 from bench.launch import ENVIRONMENT
+from bench.partner import partner
 from bench.started import Started, files
 from bench.usage import Used
 from nsutil import messages
-
-_START = "import socket; from bench import zygote; zygote.serve(socket.socket(fileno={fd}))"
 
 
 class Zygote:
@@ -61,23 +60,9 @@ class Zygote:
 @contextmanager
 def zygote() -> Iterator[Zygote]:
     """One that has imported TensorFlow, ended afterwards."""
-    ours, theirs = messages.pair()
-    with ours:
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _START.format(fd=theirs.fileno())],
-                cwd=Path(__file__).resolve().parents[1],
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-        try:
-            ours.recv(1)
-            yield Zygote(ours, process.pid)
-        finally:
-            ours.close()
-            process.wait(30)
+    with partner("zygote", env=ENVIRONMENT, stderr=subprocess.DEVNULL) as (ours, pid):
+        ours.recv(1)
+        yield Zygote(ours, pid)
 
 
 def serve(talk: socket.socket) -> None:
