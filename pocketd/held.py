@@ -93,6 +93,7 @@ class Held:
         self.current: dict[str, Holder] = {}
         self.failed: dict[str, tuple[Pocket, str]] = {}  # why a pocket cannot be held, until it is another
         self.cool_until: dict[str, float] = {}
+        self._changing: set[str] = set()  # held until their files changed; held again when those are quiet
         self._making: dict[str, asyncio.Task[Holder]] = {}
         self._watches: dict[str, Watch] = {}
         self._daemon: Daemon | None = None
@@ -154,7 +155,12 @@ class Held:
             task = asyncio.ensure_future(self._make(daemon, definition, progress))
             self._making[definition.name] = task
             task.add_done_callback(lambda done: self._made(definition, done))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise Error("hold", f"{definition.name} is not held: it was cooled meanwhile") from None
+            raise
 
     def _made(self, definition: Pocket, task: asyncio.Task[Holder]) -> None:
         if self._making.get(definition.name) is task:
@@ -383,12 +389,15 @@ class Held:
         holder.close()
 
     def cool(self, pocket: str) -> bool:
-        """End a pocket's template, at its owner's wish. Whether there was one."""
+        """End a pocket's template, at its owner's wish, or its making. Whether there was one."""
         self.failed.pop(pocket, None)
-        holder = self.current.get(pocket)
+        self._changing.discard(pocket)
+        making, holder = self._making.pop(pocket, None), self.current.get(pocket)
+        if making:
+            making.cancel()
         if holder:
             self.give_up(holder, "it was cooled")
-        return holder is not None
+        return bool(making or holder)
 
     def drop_undefined(self, daemon: Daemon) -> None:
         """Give up what is held of pockets that have no definition any more."""
@@ -429,12 +438,17 @@ class Held:
 
         def changed(path: str) -> None:
             holder = self.current.get(name)
-            self.failed.pop(name, None)
+            if self.failed.pop(name, None) or holder or name in self._making:
+                self._changing.add(name)
             if holder:
                 self.give_up(holder, f"{path} has changed")
 
         def quiet() -> None:
             present = daemon.config.pockets.get(name)
+            if name not in self._changing:
+                return  # it was cooled meanwhile, or before
+            self._changing.discard(name)
+            self.failed.pop(name, None)
             if present and present.is_held and self.generation.running and name not in self.current:
                 self.begin(daemon, present)
 

@@ -50,7 +50,7 @@ class Init(Holding, Slots):
         self.sessions: Dict[str, Session] = {}
         self.templates: Dict[int, Template] = {}
         self.pauses: Dict[int, Any] = {}  # of sessions, and of pockets' templates
-        self.unclaimed: Dict[int, int] = {}  # statuses that came before a template named the pid
+        self.unclaimed: Dict[int, int] = {}  # of which waitid told before a template named the pid
         self.launches = 0  # numbers, since a template must not learn a session's name
         self.launching: Dict[int, Any] = {}  # sessions, and pockets' templates
         self.ended: Dict[str, Message] = {}  # what pocketd has not acknowledged yet
@@ -462,8 +462,8 @@ class Init(Holding, Slots):
         head = {"op": "session-born", "session": s.id} if s.request is None else {"id": s.request, "ok": True}
         self.tell({**head, "pid": pid}, [pidfd] if pidfd >= 0 else [])
         s.request = None
-        if pid in self.unclaimed:  # it ended before its template could say that it was born
-            self.died(s, self.unclaimed.pop(pid))
+        if pid in self.unclaimed:  # it ended, or stopped itself, before its template could say that it was born
+            self.changed(s, self.unclaimed.pop(pid))
         if s.pause:
             self.make_spare()
 
@@ -597,11 +597,11 @@ class Init(Holding, Slots):
                 break
             if not pid:
                 break
-            if os.WIFSTOPPED(status):
-                if pid in by_pid:  # its caller stops too, so that a shell sees it
-                    self.say(by_pid[pid], {"op": "stopped"})
-            elif pid in by_pid:
-                self.died(by_pid[pid], status)
+            if pid in by_pid:
+                self.changed(by_pid[pid], status)
+            elif os.WIFSTOPPED(status):
+                if any(not s.pid for s in self.sessions.values()):
+                    self.unclaimed[pid] = status
             elif pid in self.pauses:
                 owner = self.pauses.pop(pid)
                 self.over(owner) if isinstance(owner, Session) else self.pause_over(owner)
@@ -615,11 +615,18 @@ class Init(Holding, Slots):
         if not any(not s.pid for s in self.sessions.values()):
             self.unclaimed.clear()  # strangers, made our children by CLONE_PARENT: reaped, nothing kept
 
-    def died(self, s: Session, status: int) -> None:
-        """The worker has ended: its caller hears at once; what it left behind ends now."""
+    def changed(self, s: Session, status: int) -> None:
+        """The worker has ended, or stopped itself: its caller stops too then, so that a shell sees it."""
         if s.note.get("slot") and not s.hold:  # it may have had a session, of which pocketd told us before it
             while self.daemon and readable(self.daemon.fileno()):
                 self.hear_daemon()
+        if os.WIFSTOPPED(status):
+            self.say(s, {"op": "stopped"})
+        else:
+            self.died(s, status)
+
+    def died(self, s: Session, status: int) -> None:
+        """The worker has ended: its caller hears at once; what it left behind ends now."""
         s.status = status
         message: Message = {"op": "exit", "status": status}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not s.ended

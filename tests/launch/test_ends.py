@@ -51,7 +51,7 @@ END = {
     "a file left open in an error": "def f():\n  g = open('out', 'w'); g.write('kept'); 1/0\nf()",
     "a file left open in a daemon thread's program": "import threading\nthreading.Thread(target=threading.Event().wait,"
     " daemon=True).start()\nf = open('out', 'w'); f.write('kept')",
-    "a zip file left open": "import zipfile; z = zipfile.ZipFile('out', 'w'); z.writestr('a', 'kept')",
+    "a zip file left open": "import zipfile; z = zipfile.ZipFile('out', 'w'); z.writestr(zipfile.ZipInfo('a'), 'kept')",
     "a gzip file left open": "import gzip; z = gzip.GzipFile('out', 'w', mtime=0); z.write(b'kept')",
     "stdio of C left unflushed": "import ctypes; ctypes.CDLL(None).printf(b'from C\\n')",
     "a temporary directory": "import tempfile, os; d = tempfile.TemporaryDirectory(dir='.'); print(os.listdir(d.name))",

@@ -9,9 +9,10 @@ import subprocess
 
 import pytest
 
-from tests.conftest import Pocketd, wait_for
+from tests.conftest import TIMEOUT, Pocketd, wait_for
 from tests.launch.both import Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, Pockets, popen
+from tests.launch.held.test_program import HERE
 
 LOOP = """
 import sys
@@ -125,6 +126,35 @@ def test_cool_says_whether_there_was_one(hold):
     pocket.cool()
     assert pocket.gone() and pocket.row()["held"] == "cool"
     pocket.cool()
+
+
+def test_what_was_cooled_is_not_held_again_when_its_files_are_quiet(hold):
+    """A second pocket's files, changed after the first's, say when those have been quiet for long enough."""
+    cooled, clock = (hold(f"import os\n{HERE}print(1)\n", "here =") for _ in range(2))
+    cooled.warm()
+    clock.warm()
+    cooled.write("app.py", f"import os\n{HERE}print(2)\n")
+    assert wait_for(lambda: cooled.events("pocket-given-up"))
+    cooled.cool()
+    clock.write("app.py", f"import os\n{HERE}print(2)\n")
+    clock.wait_held(2)
+    assert len(cooled.events("pocket-held")) == 1
+    assert cooled.row()["held"] == "cool"
+
+
+def test_cool_ends_the_making_too(hold):
+    pocket = hold(f"import time\ntime.sleep(1000)\n{HERE}print(1)\n", "here =")
+    with pocket.pocketd.popen("warm", pocket.name, stderr=subprocess.PIPE, text=True) as warm:
+        assert wait_for(lambda: pocket.row()["held"] == "holding")
+        assert wait_for(pocket.processes)
+        pocket.cool()
+        assert "it was cooled meanwhile" in warm.communicate(timeout=TIMEOUT)[1]
+        assert warm.returncode == 125
+    assert pocket.gone()
+    assert pocket.row()["held"] == "cool"
+    pocket.write("app.py", f"{HERE}print(1)\n")
+    pocket.warm()
+    assert pocket.from_held().out == b"1\n"
 
 
 @pytest.mark.parametrize("verb", [("set", "pids.max=500"), ("allow", "write=out")])

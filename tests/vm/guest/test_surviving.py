@@ -89,7 +89,7 @@ class Work:
             while not self.stopping.is_set():
                 self.counts[n] += 1
                 assert self.clients[n].call("app:next") == self.counts[n]
-                time.sleep(0.05)  # twenty sessions and what is tested share two emulated cpus
+                time.sleep(0.3)  # twenty sessions and what is tested share two emulated cpus
         except BaseException as e:
             self.failures.append(e)
 
