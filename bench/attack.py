@@ -211,7 +211,7 @@ def beside(what: Callable[[], None], uid: int = 0) -> Iterator[None]:
     os.close(read)
     try:
         yield
-        if os.waitpid(child, os.WNOHANG)[0]:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             raise SystemExit("an attack ended by itself")
     finally:
         os.kill(child, signal.SIGKILL)

@@ -128,7 +128,7 @@ def output():
 
 def replies():
     """A large one, for a client that does not read it."""
-    return "x" * (8 << 20)
+    return "x" * (256 << 10)  # hundreds of them are in flight: no more than the attacker may have
 
 
 def main(kind):
