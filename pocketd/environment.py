@@ -28,17 +28,22 @@ print(json.dumps([list(sys.version_info[:3]), sys.executable, os.path.realpath(s
 def copy_library(place: Path) -> list[list[str]]:
     """Copy our code that a service imports to `place`: (host path, name beneath the service's library directory).
 
-    A service goes on with the code that it was made with when another version is installed over it.
+    A service goes on with the code that it was made with when another version is installed over it. Raises Error where
+    there is no room for it.
     """
     copied = []
-    for path, name in library():
-        target = place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.isdir(path):
-            shutil.copytree(path, target, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, target)
-        copied.append([str(target), name])
+    try:
+        for path, name in library():
+            target = place / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.isdir(path):
+                shutil.copytree(path, target, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, target)
+            copied.append([str(target), name])
+    except OSError as e:
+        why = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror  # that of the first of many
+        raise Error("state", f"the service's own code cannot be copied to {place}: {why}; make room there") from None
     return copied
 
 

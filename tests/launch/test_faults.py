@@ -55,10 +55,10 @@ def daemon(own_pocketd, place):
 
 @pytest.fixture
 def small(tmp_path: Path, place: Path) -> Iterator[Pocketd]:
-    """A pocketd whose runtime and state directories are on a file system of 6 MB."""
+    """A pocketd whose runtime and state directories are on a file system of 12 MB."""
     disk = tmp_path / "small"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "small", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "small", disk], check=True)
     try:
         daemon = Pocketd(disk, configuration(place))
         daemon.start()
@@ -92,7 +92,7 @@ def test_a_full_disk_refuses_what_is_new_and_leaves_what_runs(small):
             enter(small, "second")
         done = small.pocket("on", "other", check=False)
         assert done.returncode == 125
-        assert "No space left on device" in done.stderr
+        assert re.search("code cannot be copied to .*: .*No space left on device.*; make room there", done.stderr)
         assert session.call("app:pid") == pid
         (small.place / "filler").unlink()
         with enter(small, "second") as again:
