@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import pty
@@ -11,6 +12,7 @@ import signal
 import struct
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
@@ -233,8 +235,14 @@ def test_two_interrupts_in_a_row(terminal):
 
 
 def stopped(pid):
-    _, status = os.waitpid(pid, os.WUNTRACED)
-    return os.WIFSTOPPED(status)
+    """Wait until a child of ours stops."""
+    seen = []
+
+    def changed():
+        seen[:] = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
+        return seen[0]
+
+    return wait_for(changed) and os.WIFSTOPPED(seen[1])
 
 
 WORKING = """
@@ -297,6 +305,43 @@ def test_a_program_that_ignores_the_stop_is_not_stopped(terminal):
 def test_a_program_that_stops_itself_stops_the_command(terminal):
     t = terminal("import os, signal\nprint('ready')\nos.kill(os.getpid(), signal.SIGSTOP)\nprint('on again')")
     t.until(b"ready\r\n")
+    assert stopped(t.pid)
+    os.kill(t.pid, signal.SIGCONT)
+    t.until(b"on again\r\n")
+    assert t.end()[0] == 0
+
+
+# linux/ptrace.h, linux/wait.h
+PTRACE_DETACH, PTRACE_GETEVENTMSG, PTRACE_SEIZE, PTRACE_O_CHILDREN, WALL = 17, 0x4201, 0x4206, 0xE, 0x40000000
+
+
+def _ptrace(request, pid, data):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes, libc.ptrace.restype = (
+        [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p],
+        ctypes.c_long,
+    )
+    return libc.ptrace(request, pid, None, data)
+
+
+def test_a_program_that_stops_itself_at_once_stops_the_command(terminal, pocketd):
+    """Before its template has said that there is a worker: the template is stopped in its clone3 meanwhile."""
+    (template,) = (t["pid"] for t in pocketd.ps()["templates"] if t["service"] == "plain")
+    init = int(Path(f"/proc/{template}/status").read_text().partition("\nPPid:\t")[2].split()[0])
+    assert _ptrace(PTRACE_SEIZE, template, PTRACE_O_CHILDREN) == 0
+    try:
+        t = terminal("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nprint('on again')")
+        _, status = os.waitpid(template, WALL)
+        assert status >> 16, status  # PTRACE_EVENT_...
+        born = ctypes.c_ulong()
+        assert _ptrace(PTRACE_GETEVENTMSG, template, ctypes.byref(born)) == 0
+        worker = born.value
+        os.waitpid(worker, WALL)
+        assert _ptrace(PTRACE_DETACH, worker, 0) == 0
+        assert wait_for(lambda: _state(worker) == "T")
+        assert wait_for(lambda: _state(init) == "S")  # it knows
+    finally:
+        assert _ptrace(PTRACE_DETACH, template, 0) == 0
     assert stopped(t.pid)
     os.kill(t.pid, signal.SIGCONT)
     t.until(b"on again\r\n")
