@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120.0  # seconds: a hang, not slowness
+TIMEOUT = 300.0  # seconds: a hang, not slowness
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 """python -m tests.vm: tests that need a machine of their own, in a VM that is gone afterwards.
 
 python -m tests.vm                                   the whole: the suites, and what the host's run had to skip
-python -m tests.vm --suite 6.1                       a part of it: one kernel's suite,
+python -m tests.vm --suite 6.1 newest                a part of it: these of SUITES,
 python -m tests.vm --skipped                         what the host skipped,
 python -m tests.vm --report                          what the parts that ran have left out
 python -m tests.vm tests/vm/guest/test_boot.py -k psi   one boot with these pytest arguments
@@ -24,8 +24,15 @@ RESULTS = machine.CACHE / "results"
 OUTCOMES = "outcomes.json"
 SKIPPED = RESULTS / "skipped"
 HOST_OUTCOMES = machine.CACHE / "outcomes-host.json"
-SUITE = "tests/vm/guest"
-ESCAPES = "tests/escape"
+GUEST, ESCAPES = "tests/vm/guest", "tests/escape"
+# By name: the kernel, and what of pytest's. Each test of the first two runs once: they are what `make test` has time
+# for where the VM is emulated. The others are all that is left, on the newest kernel.
+SUITES = {
+    "6.1": ("6.1", [GUEST, ESCAPES, "-m", "oldest"]),
+    "newest": ("newest", [GUEST, "-m", "not oldest and not slow"]),
+    "rest": ("newest", [GUEST, "-m", "oldest or slow"]),
+    "attacks": ("newest", [f"{GUEST}/test_attacks.py"]),
+}
 # An emulated processor is some 17 times slower: these are for hangs.
 PYTEST = [
     *(str(machine.ROOT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"),
@@ -60,11 +67,11 @@ def boot(kernel_name: str, command: list[str], place: Path | None = None) -> mac
     return result
 
 
-def suite(kernel: str) -> int:
-    """The VM's own tests; on the oldest kernel those that are marked so."""
-    place = RESULTS / kernel
+def suite(name: str) -> int:
+    """One of SUITES."""
+    kernel, words = SUITES[name]
+    place = RESULTS / name
     (place / OUTCOMES).unlink(missing_ok=True)
-    words = [SUITE] if kernel == "newest" else [SUITE, ESCAPES, "-m", "oldest"]
     return boot(kernel, [*PYTEST, *words], place).status
 
 
@@ -82,7 +89,7 @@ def skipped() -> int:
 def left_out() -> int:
     """Tests that ran nowhere are a failure."""
     host = Outcomes.parse(HOST_OUTCOMES.read_bytes()) if HOST_OUTCOMES.exists() else Outcomes()
-    found = [place / OUTCOMES for place in (*(RESULTS / kernel for kernel in machine.KERNELS), SKIPPED)]
+    found = [place / OUTCOMES for place in (*(RESULTS / name for name in SUITES), SKIPPED)]
     return int(not report(host, [Outcomes.parse(path.read_bytes()) for path in found if path.exists()]))
 
 
@@ -118,7 +125,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--suite", choices=machine.KERNELS, help="the VM's own tests alone, on this kernel")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="some of the VM's own tests alone")
     parser.add_argument("--skipped", action="store_true", help="what the last whole run on the host skipped, alone")
     parser.add_argument("--report", action="store_true", help="say which tests ran nowhere, and fail over them")
     parser.add_argument("--kernel", choices=machine.KERNELS, help="for one boot (default: newest)")
@@ -129,14 +136,14 @@ def main() -> int:
         if options.run is not None:
             return boot(options.kernel or "newest", ["sh", "-c", options.run]).status
         if arguments or options.kernel:
-            return boot(options.kernel or "newest", [*PYTEST, *(arguments or [SUITE])]).status
+            return boot(options.kernel or "newest", [*PYTEST, *(arguments or [GUEST])]).status
         if options.suite:
-            return suite(options.suite)
+            return max(map(suite, options.suite))
         if options.skipped:
             return skipped()
         if options.report:
             return left_out()
-        return max([*map(suite, machine.KERNELS), skipped(), left_out()])
+        return max([*map(suite, SUITES), skipped(), left_out()])
     except (machine.NoMachine, machine.GuestFailed) as e:
         print(f"vm: {e}", file=sys.stderr)
         return 125

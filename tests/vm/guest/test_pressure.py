@@ -388,6 +388,7 @@ def ages() -> list[float]:
     return [row["age"] for kind in ("services", "templates", "workers") for row in reply[kind]]
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_end_nothing_and_refuse_nobody(watchdog, clock):
     """A day ahead, then two days back."""
     day = 86400.0

@@ -260,6 +260,7 @@ def test_off_all_ends_everything_in_order_and_leaves_nothing(work):
     work.end = lambda: [s.close() for s in (*work.programs, *work.clients)]
 
 
+@pytest.mark.slow
 def test_an_upgrade_with_another_wire_version(work):
     """Sessions, templates and inits of the version before go on, and new logins go to what is on."""
     assert run(BIN / "pocket", "--version").stdout == "pocket 0.1.0\n"
@@ -285,6 +286,7 @@ def test_an_upgrade_with_another_wire_version(work):
         pocket("off", "--all")
 
 
+@pytest.mark.slow
 def test_uninstall_leaves_configuration_and_state_alone_and_nothing_else():
     """The last of this file: what it and the test before it changed is put back."""
     from tests.vm.guest.installed import deploy
