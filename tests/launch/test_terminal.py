@@ -236,7 +236,7 @@ def test_two_interrupts_in_a_row(terminal):
 
 def stopped(pid):
     """Wait until a child of ours stops."""
-    seen = []
+    seen: list[int] = []
 
     def changed():
         seen[:] = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
