@@ -1,4 +1,4 @@
-"""Paths from outside, resolved beneath a directory by the kernel (openat2(2), RESOLVE_BENEATH)."""
+"""Paths from outside, resolved by the kernel with no surprises (openat2(2)): beneath a directory, or without links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from nsutil.syscalls import SYS_OPENAT2, syscall
 
 # linux/openat2.h
 RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+
+
+_AT_FDCWD = -100
 
 
 class _OpenHow(ctypes.Structure):
@@ -21,7 +25,19 @@ def open_beneath(directory: int, path: str, flags: int) -> int:
 
     The caller owns the descriptor. Raises OSError: EXDEV for a path that leads out, ENOENT, ENOSYS before Linux 5.6.
     """
-    how = _OpenHow(flags | os.O_CLOEXEC, 0, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
+    return _openat2(directory, path, flags, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
+
+
+def open_as_named(path: str | os.PathLike[str], flags: int) -> int:
+    """Open an absolute path of which no part is a symbolic link, whoever may have changed a directory on the way.
+
+    The caller owns the descriptor. Raises OSError: ELOOP where there is a link.
+    """
+    return _openat2(_AT_FDCWD, os.fspath(path), flags, RESOLVE_NO_SYMLINKS)
+
+
+def _openat2(directory: int, path: str, flags: int, resolve: int) -> int:
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     name = ctypes.c_char_p(os.fsencode(path))
     size = ctypes.c_size_t(ctypes.sizeof(how))
     return syscall(SYS_OPENAT2, directory, name, ctypes.byref(how), size, call="openat2", detail=path)

@@ -12,6 +12,7 @@ import stat
 import struct
 from typing import Iterable
 
+from nsutil.beneath import open_as_named
 from nsutil.syscalls import (
     SYS_MOUNT_SETATTR,
     SYS_MOVE_MOUNT,
@@ -28,7 +29,7 @@ MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_STRICTATIME = 0x20, 0x1000, 0x4000, 
 MNT_DETACH = 2
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 0x1, 0x2, 0x4, 0x00100000
 # linux/fcntl.h
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
@@ -105,6 +106,16 @@ def attach(tree: int, target: str) -> None:
     syscall(SYS_MOVE_MOUNT, tree, empty, AT_FDCWD, name, MOVE_MOUNT_F_EMPTY_PATH, call="move_mount", detail=target)
 
 
+def attach_as_named(tree: int, target: str) -> None:
+    """The same where others have a say in what stands on the way: OSError (ELOOP) if a part of `target` is a link."""
+    place = open_as_named(target, os.O_PATH)
+    try:
+        empty, flags = ctypes.c_char_p(b""), MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+        syscall(SYS_MOVE_MOUNT, tree, empty, place, empty, flags, call="move_mount", detail=target)
+    finally:
+        os.close(place)
+
+
 def bind(source: str, target: str, *, read_only: bool = True, extra: int = 0, recursive: bool = False) -> None:
     """Show `source` at `target` as well. `extra`: further MOUNT_ATTR_*."""
     tree = open_tree(source, recursive=recursive)
@@ -134,16 +145,31 @@ def point(target: str, like: str) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o644))
 
 
-def make_room(target: str, made: list[str], owner: tuple[int, int]) -> None:
+def make_room(target: str, made: list[str], owner: tuple[int, int], scratch: str) -> None:
     """Make it possible for `owner` to create `target`, which does not exist, where the file system does not let it.
 
     The nearest directory above it that does exist gets a small tmpfs of `owner`'s, in which everything that stood there
-    is shown again as it was. Each tmpfs made so is added to `made`; close them with `seal`.
+    is shown again as it was. It is made at `scratch`, an empty directory, and attached as a whole: others may have a
+    say in what stands on the way. Each tmpfs made so is added to `made`; close them with `seal`.
     """
     above = os.path.dirname(target)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
-    cover(above, size=1 << 20, owner=owner)
+    old = open_as_named(above, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        tmpfs(scratch, size=1 << 20, owner=owner)
+        try:
+            for name in os.listdir(old):
+                show(f"/proc/self/fd/{old}/{name}", f"{scratch}/{name}")
+            tree = open_tree(scratch, recursive=True)
+        finally:
+            unmount(scratch)
+        try:
+            attach_as_named(tree, above)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(old)
     made.append(above)
 
 

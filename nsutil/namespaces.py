@@ -53,8 +53,10 @@ def loopback_up() -> None:
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
 
 
-def own_user(uid: int, gid: int) -> bool:
+def own_user(uid: int, gid: int, proc: int) -> bool:
     """Leave for a new user namespace that knows no id but the process's own, `uid` and `gid`.
+
+    `proc`: its directory in a proc file system.
 
     False, and nothing has changed, where the kernel makes none (user.max_user_namespaces is 0, a filter). The process
     must have one thread, no supplementary group and CAP_SYS_ADMIN, which some kernels ask for; it has every capability
@@ -69,7 +71,7 @@ def own_user(uid: int, gid: int) -> bool:
         raise
     privileges.dumpable(True)  # else the files are root's
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
         os.write(fd, text.encode())
         os.close(fd)
     privileges.dumpable(False)

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cgroup.limits import Limits
+from nsutil.beneath import open_as_named
 from pocketd import schema
 from pocketd.definitions import NAME, VERBS, Admission, Config, Pocket, Problem, Service, describe
 from pocketd.schema import Entry, Reader, Refusals, Table, dotted
@@ -337,7 +338,7 @@ def read_untrusted(directory: Path, name: str, limit: int) -> bytes:
 
     No link is followed, and a fifo or device is not waited for. Raises OSError.
     """
-    parent = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    parent = open_as_named(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=parent)
     except OSError as e:

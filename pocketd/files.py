@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from nsutil.inotify import Inotify
 from pocketd import events
 
 _MOST = 4096  # directories of one watch
+_ENTRIES = 1 << 17  # that are looked at to find them: the directories are others', and pocketd has one thread
 
 
 @dataclass(eq=False)
@@ -45,7 +47,8 @@ class Watch:
         waiting = [top if os.path.isdir(top) else os.path.dirname(top) for top in self.tops]
         alone = {os.path.dirname(top) for top in self.tops if not os.path.isdir(top)}
         seen: set[str] = set()
-        while waiting and len(seen) < _MOST:
+        left = _ENTRIES
+        while waiting and len(seen) < _MOST and left > 0:
             directory = waiting.pop()
             if directory in seen:
                 continue
@@ -55,7 +58,10 @@ class Watch:
                 continue  # only a file of it counts
             try:
                 with os.scandir(directory) as entries:
-                    waiting += [e.path for e in entries if e.is_dir(follow_symlinks=False) and e.path not in self.apart]
+                    for e in itertools.islice(entries, left):
+                        left -= 1
+                        if e.is_dir(follow_symlinks=False) and e.path not in self.apart:
+                            waiting.append(e.path)
             except OSError:
                 continue  # gone since, or not ours to see
 
@@ -74,7 +80,8 @@ class Files:
         quiet: Callable[[], None],
         seconds: float,
     ) -> Watch:
-        """Watch until `forget`. What cannot be watched is said in an event, and is not an error."""
+        """Watch the directories that there are, until `forget`: one that is made later is a change of the one above it,
+        and whoever goes on from there watches anew. What cannot be watched is said in an event, and is no error."""
         watch = Watch(name, tuple(tops), frozenset(apart), changed, quiet, seconds)
         self._watches.append(watch)
         self._add(watch)
@@ -109,7 +116,6 @@ class Files:
                 continue
             watch.changed(path or watch.tops[0])
             watch.directories = {d for d in watch.directories if self._inotify and self._inotify.watches(d)}
-            self._add(watch)  # directories that are new
             if watch.timer:
                 watch.timer.cancel()
             watch.timer = asyncio.get_running_loop().call_later(watch.seconds, self._calm, watch)

@@ -146,21 +146,28 @@ class Held:
             await self.get(daemon, definition, lambda text: None, another)
 
     async def get(self, daemon: Daemon, definition: Pocket, progress: Progress, another: bool = False) -> Holder:
-        """The pocket's template, made if there is none. Raises Error that says why it cannot be held."""
-        holder = self.current.get(definition.name)
+        """The pocket's template, made if there is none. Raises Error that says why it cannot be held; "changed" when
+        its files or its definition became others meanwhile."""
+        name = definition.name
+        holder = self.current.get(name)
         if holder and holder.ready and not another and not self._outdated(holder, definition):
             return holder
-        task = self._making.get(definition.name)
+        task = self._making.get(name)
         if task is None:
             task = asyncio.ensure_future(self._make(daemon, definition, progress))
-            self._making[definition.name] = task
+            self._making[name] = task
             task.add_done_callback(lambda done: self._made(definition, done))
         try:
-            return await asyncio.shield(task)
+            holder = await asyncio.shield(task)
         except asyncio.CancelledError:
-            if task.cancelled():
-                raise Error("hold", f"{definition.name} is not held: it was cooled meanwhile") from None
-            raise
+            if not task.cancelled():
+                raise
+            if name in self._changing:
+                raise Error("changed", f"{name} is not held: its files change; run it again when they do not") from None
+            raise Error("hold", f"{name} is not held: it was cooled meanwhile") from None
+        if self._outdated(holder, definition):  # begun by an older definition
+            raise Error("changed", f"{name} is not held: {holder.stale}")
+        return holder
 
     def _made(self, definition: Pocket, task: asyncio.Task[Holder]) -> None:
         if self._making.get(definition.name) is task:
@@ -437,9 +444,11 @@ class Held:
         name = definition.name
 
         def changed(path: str) -> None:
-            holder = self.current.get(name)
-            if self.failed.pop(name, None) or holder or name in self._making:
+            holder, making = self.current.get(name), self._making.pop(name, None)
+            if self.failed.pop(name, None) or holder or making:
                 self._changing.add(name)
+            if making:
+                making.cancel()  # it may have read what was there before
             if holder:
                 self.give_up(holder, f"{path} has changed")
 
@@ -448,7 +457,6 @@ class Held:
             if name not in self._changing:
                 return  # it was cooled meanwhile, or before
             self._changing.discard(name)
-            self.failed.pop(name, None)
             if present and present.is_held and self.generation.running and name not in self.current:
                 self.begin(daemon, present)
 

@@ -74,8 +74,13 @@ def writable(directory: int, path: str) -> int:
         above = open_beneath(directory, parent, os.O_PATH | os.O_DIRECTORY) if parent else os.dup(directory)
         try:
             os.mkdir(name, 0o755, dir_fd=above)
-            owner = os.fstat(directory)
-            os.chown(name, owner.st_uid, owner.st_gid, dir_fd=above, follow_symlinks=False)
+            made = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+            try:
+                if not os.listdir(made):  # else its owner has put another in its place meanwhile
+                    owner = os.fstat(directory)
+                    os.fchown(made, owner.st_uid, owner.st_gid)
+            finally:
+                os.close(made)
         finally:
             os.close(above)
         return open_beneath(directory, path, os.O_PATH)

@@ -283,10 +283,19 @@ def requirement(value: object) -> str:
 
 
 def mount(value: object) -> Mount:
+    """A mount, the symbolic links of its source resolved now, once; what they lead to is judged as what is written."""
     parsed = parse_mount(text(value))
-    if not parsed.source.exists():
-        raise Invalid("has a source that does not exist; name a file or directory that does")
-    return parsed
+    try:
+        resolved = parsed.source.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
+        raise Invalid("has a source that does not exist; name a file or directory that does") from None
+    target = resolved if parsed.target == parsed.source else parsed.target
+    if ":" in str(resolved):
+        raise Invalid(f"has a source that leads to {resolved}, which has a colon in it")
+    try:
+        return parse_mount(f"{resolved}:{target}{':rw' if parsed.writable else ''}")
+    except ValueError as e:
+        raise Invalid(f"leads to {resolved}: it {e}") from None
 
 
 def caller(value: object) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from nsutil import processes
+from nsutil.beneath import open_as_named
 from pocketd import paths, permissions, trees, wire
 from pocketd.definitions import Pocket
 from pocketd.identities import Identities
 from pocketd.wire import Error, Message
+
+MOST = 22  # each is a descriptor of a launch's messages, which have some ten others (nsutil.messages.MAX_FDS)
 
 
 @dataclass
@@ -25,6 +29,10 @@ class _Shown:
 
     def add(self, tree: trees.Tree, target: str, writable: bool, alias: str | None = None) -> None:
         self.stack.callback(os.close, tree.fd)
+        if len(self.found) == MOST:
+            raise Error(
+                "mount", f"a pocket is shown at most {MOST} files and directories, its own directory one of them"
+            )
         if self.uid is not None:
             trees.show_as(tree, self.uid, self.identities)
         place = {"target": target, "alias": alias, "directory": tree.directory, "writable": writable}
@@ -64,18 +72,29 @@ def defined_files(
 ) -> list[tuple[int, Message]]:
     """The same of a pocket that has a definition, whoever runs it."""
     shown = _Shown(identities, uid, stack)
-    fd = os.open(definition.dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = _open(definition.dir, os.O_PATH | os.O_DIRECTORY)
     stack.callback(os.close, fd)
+    top = os.readlink(f"/proc/self/fd/{fd}")
     shown.add(trees.make(fd, writable=False), str(definition.dir), False, "/pocket")
     for name in definition.allow.write:
         path = permissions.writable(fd, name)
         stack.callback(os.close, path)
+        name = os.path.relpath(os.readlink(f"/proc/self/fd/{path}"), top)  # where links beneath it lead
         shown.add(trees.make(path, writable=True), f"{definition.dir}/{name}", True, f"/pocket/{name}")
     for m in definition.mounts:
-        source = os.open(m.source, os.O_PATH | os.O_CLOEXEC)
+        source = _open(m.source, os.O_PATH)
         stack.callback(os.close, source)
         shown.add(trees.make(source, writable=m.writable), str(m.target), m.writable)
     return shown.found
+
+
+def _open(path: os.PathLike[str], flags: int) -> int:
+    """What the operator's definition names, its links resolved when it was read: one that is there now is not meant."""
+    try:
+        return open_as_named(path, flags)
+    except OSError as e:
+        what = "leads through a symbolic link by now" if e.errno == errno.ELOOP else f"cannot be shown: {e.strerror}"
+        raise Error("directory", f"{path} {what}; mend it, or the pocket's definition, and: pocket reload") from None
 
 
 def _refuse(directory: str) -> None:

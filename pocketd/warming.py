@@ -12,7 +12,10 @@ from pocketd.wire import Error, Message
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
     from pocketd.generation import Generation
+    from pocketd.held import Holder
     from pocketd.templates import Progress
+
+CHANGES = 5  # of a pocket's files, while it is being held
 
 
 async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progress) -> Message:
@@ -28,11 +31,23 @@ async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progre
         facts: Message = {}
         if definition.is_held:
             generation.held.forget_failure(name)
-            facts = (await generation.held.get(daemon, definition, progress)).facts
+            facts = (await _held(daemon, generation, definition, progress)).facts
         if definition.warm:
             progress(f"{name}: making {definition.warm} slots")
             await generation.slots.fill(daemon, definition)
     return {"name": name, "service": service.name, "slots": definition.warm, "mode": definition.mode, **facts}
+
+
+async def _held(daemon: Daemon, generation: Generation, definition: Pocket, progress: Progress) -> Holder:
+    """The template, made anew as often as its files change while it is made, within reason."""
+    for _ in range(CHANGES):
+        try:
+            return await generation.held.get(daemon, definition, progress)
+        except Error as e:
+            if e.code != "changed":
+                raise
+        definition = daemon.config.pockets.get(definition.name, definition)
+    return await generation.held.get(daemon, definition, progress)
 
 
 def _choices(definition: Pocket) -> str:

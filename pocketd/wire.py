@@ -48,7 +48,7 @@ SIGNAL = Bounds(1024, 4, 32)
 class Error(Exception):
     """A failure that travels: a code for programs, a message for people, details for both."""
 
-    def __init__(self, code: str, message: str, **detail: Any):
+    def __init__(self, code: str, message: str, /, **detail: Any):
         super().__init__(message)
         self.code = code
         self.message = message
@@ -63,7 +63,8 @@ class Error(Exception):
             return cls("protocol", "the peer sent an error of an unknown form")
         detail = value.get("detail")
         detail = {k: v for k, v in detail.items() if isinstance(k, str)} if isinstance(detail, dict) else {}
-        detail.pop("code", None), detail.pop("message", None)
+        for name in ("self", "code", "message"):
+            detail.pop(name, None)
         code, message = value.get("code"), value.get("message")
         return cls(code if isinstance(code, str) else "unknown", message if isinstance(message, str) else "", **detail)
 

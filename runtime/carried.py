@@ -14,6 +14,9 @@ from runtime.interpreter import RLIMITS, current_umask
 
 _CATEGORIES = ("LC_CTYPE", "LC_COLLATE", "LC_TIME", "LC_MONETARY", "LC_NUMERIC", "LC_MESSAGES")
 
+# A handler that a program sets stands above a signal that its caller ignores, as under nohup.
+_SIGNALS = {s.name: s for s in signal.Signals if s not in (signal.SIGKILL, signal.SIGSTOP)}
+
 
 class Carried:
     """Compares the process as it is when this is made with what it is at `end`. What was set to what it was already
@@ -48,6 +51,9 @@ def put(values: Dict[str, Any]) -> None:
                 os.chdir(value)
             elif key == "zone":
                 time.tzset()
+            elif key in _SIGNALS:
+                if value is not None:  # None: not Python's to set
+                    signal.signal(_SIGNALS[key], value)
             elif key in _CATEGORIES:
                 locale.setlocale(getattr(locale, key), value)
             else:
@@ -61,5 +67,6 @@ def state() -> Dict[str, Any]:
         "directory": os.readlink("/proc/self/cwd"),
         "zone": time.tzname,
         **{name: locale.setlocale(getattr(locale, name)) for name in _CATEGORIES},
+        **{name: signal.getsignal(number) for name, number in _SIGNALS.items()},
         **{name: resource.getrlimit(getattr(resource, name)) for name in RLIMITS},
     }

@@ -18,7 +18,7 @@ from nsutil import clone, processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import checkpoint, cold, interpreter, program, recorded, rehearsal, workingset
+from runtime import checkpoint, cold, confinement, interpreter, program, recorded, rehearsal, workingset
 from runtime.held import Held, Words
 
 _VARARGS, _VARKEYWORDS = 0x4, 0x8  # of a code object: inspect.CO_VARARGS, CO_VARKEYWORDS
@@ -64,12 +64,17 @@ class Checkpointed(Held):
         if hold.get("packages"):
             start["packages"] = hold["packages"]
         interpreter.adopt(start, self.streams.take)
+        alone = cold.set_by_program(self.template.runtime, self.template.begin, start)
+        if alone:
+            self.fail(f"{alone}, which the service's have gone by: each run is a process of its own")
         setattr(builtins, checkpoint.NAME, self.here)
         sys._pocketd_held = self  # type: ignore[attr-defined]  # for pocketd.checkpoint()
         code = 1
         try:
             code = program.run(start, self.orders, self.compile)
         except recorded.Refused as e:
+            if self.child:
+                raise
             self.fail(str(e))
         except rehearsal.Over:
             code = 0
@@ -258,6 +263,8 @@ class Checkpointed(Held):
             return "it runs another program"
         if start.get("mode") != "program" or start.get("cold") or start.get("listen") or start.get("observe"):
             return "this run is of another kind"
+        if any(map(confinement.is_way_out, given)):
+            return "a standard stream of it is a directory"
         environment = interpreter.environment(start)
         shown = {os.fsdecode(k): os.fsdecode(v) for k, v in environment.items()}
         name = (

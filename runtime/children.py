@@ -102,8 +102,8 @@ def is_child(pid: int) -> bool:
 def cgroup_of(pid: int) -> Optional[str]:
     """A process's cgroup, as long as it is not reaped."""
     try:
-        with open(f"/proc/{pid}/cgroup") as f:
-            return next((line[3:].rstrip("\n") for line in f if line.startswith("0::")), None)
+        with open(f"/proc/{pid}/cgroup", "rb") as f:
+            return next((os.fsdecode(line[3:].rstrip(b"\n")) for line in f if line.startswith(b"0::")), None)
     except OSError:
         return None
 
@@ -111,8 +111,8 @@ def cgroup_of(pid: int) -> Optional[str]:
 def by_default(pid: int, number: int) -> bool:
     """Whether the process neither handles nor ignores a signal (proc_pid_status(5), SigCgt and SigIgn)."""
     try:
-        with open(f"/proc/{pid}/status") as f:
-            masks = [int(line.split()[1], 16) for line in f if line.startswith(("SigCgt:", "SigIgn:"))]
+        with open(f"/proc/{pid}/status", "rb") as f:  # its name, which it chooses, may be anything
+            masks = [int(line.split()[1], 16) for line in f if line.startswith((b"SigCgt:", b"SigIgn:"))]
     except OSError:
         return False
     return not any(mask >> (number - 1) & 1 for mask in masks)

@@ -51,6 +51,13 @@ def reason(runtime: Any, begin: Message, start: Message) -> Optional[str]:
     name = differing(os.environ, had, pattern)
     if name:
         return f"{name} differs from the service's, which read it at import"
+    return set_by_program(runtime, begin, start)
+
+
+def set_by_program(runtime: Any, begin: Message, start: Message) -> Optional[str]:
+    """Why a program is not for a fork by its own text, as a line, or None."""
+    had: Dict[str, str] = begin["environment"]
+    pattern = expression(runtime)
     modules = tuple(begin["preload"]) or (begin["runtime"],)
     for name, value in assigned_before_import(start, modules):
         if pattern.match(name) and had.get(name) != value:

@@ -6,8 +6,10 @@ no_new_privs, Landlock, and the system call filter last, since it refuses what t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
+import stat
 from typing import Callable, Iterable, List, Sequence, Tuple
 
 from nsutil import landlock, mounts, namespaces, privileges, seccomp
@@ -44,23 +46,29 @@ def _there(path: str) -> bool:
     return os.path.lexists(path)
 
 
+def is_way_out(fd: int) -> bool:
+    """A directory of another mount namespace is a way up to that one's root, and so is a path opened for no more."""
+    return stat.S_ISDIR(os.fstat(fd).st_mode) or bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH)
+
+
 def confine(message: Message, filters: Sequence[bytes]) -> None:
     """Give up everything. `message`: the worker's orders."""
     for _, step in steps(message, filters):
         step()
+    os.close(message["self"])
 
 
 def steps(message: Message, filters: Sequence[bytes]) -> Tuple[Tuple[str, Callable[[], object]], ...]:
     """Each step with its name, in the one order that works."""
     uid, gid = message["uid"], message["gid"]
     return (
-        ("oom_score_adj", lambda: oom(0)),  # before the change of uid, after which the file is root's
+        ("oom_score_adj", lambda: oom(message["self"], 0)),  # before the change of uid, after which the file is root's
         ("limits", limit),
         ("keyring", privileges.new_session_keyring),
         ("no_new_privs", privileges.no_new_privileges),
         ("groups", privileges.leave_groups),
         ("ids", lambda: privileges.become(uid, gid, keep=True)),
-        ("user namespace", lambda: alone(uid, gid)),
+        ("user namespace", lambda: alone(uid, gid, message["self"])),
         *((("no user namespace beneath", lambda: seal_off(message["hold"]["sysctl"])),) if "hold" in message else ()),
         ("capabilities", privileges.drop_capabilities),
         ("dumpable", lambda: privileges.dumpable(False)),  # until app code starts
@@ -69,9 +77,9 @@ def steps(message: Message, filters: Sequence[bytes]) -> Tuple[Tuple[str, Callab
     )
 
 
-def alone(uid: int, gid: int) -> None:
+def alone(uid: int, gid: int, proc: int) -> None:
     """A user namespace without other ids, where there can be one."""
-    if namespaces.own_user(uid, gid):
+    if namespaces.own_user(uid, gid, proc):
         privileges.drop_bounding_set()  # full again in a new one
 
 
@@ -108,10 +116,10 @@ def limit() -> None:
         resource.setrlimit(kind, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
 
 
-def oom(score: int) -> None:
+def oom(proc: int, score: int) -> None:
     """Workers are killed before their template (design, "Cgroups")."""
     try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)  # open() writes to many pages
+        fd = os.open("oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)  # open() writes to many pages
         os.write(fd, b"%d" % score)
         os.close(fd)
     except OSError:

@@ -23,6 +23,7 @@ from runtime.children import Session, Template, is_child, output_pipe, processes
 
 WALL = 0x40000000  # wait4(2)
 _COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
+_WORDS = 64  # messages of an ended worker's template that are heard for its sake
 # What a template says of itself when it is ready: for people.
 _FACTS = ("seconds", "threads", "variables", "files", "unsure", "working_set", "run")
 # What a template may say: bounded, since its program says it.
@@ -251,8 +252,9 @@ class Holding:
             if s.events >= 0 and not s.pid and s.note.get("leaf") == cgroup:
                 s.early = pid, status
                 t = self.templates.get(s.template)
-                while t and s.launch in self.launching and self.hear_held(t):
-                    pass  # what it said before it ended
+                for _ in range(_WORDS):  # what it said before it ended; it may say more without end
+                    if not (t and s.launch in self.launching and self.hear_held(t)):
+                        break
                 if self.launching.pop(s.launch, None):
                     self.fail(s, Error("held", "its worker ended before the session went on"))
                 elif not s.pid and not s.ended:

@@ -18,6 +18,8 @@ import signal
 import socket
 import struct
 import time
+import traceback
+from contextlib import suppress
 from typing import Any, Callable, Dict, Optional
 
 from nsutil import clone, messages, namespaces, processes
@@ -35,6 +37,7 @@ HELD_FORK_TIMEOUT = 3.0  # seconds for a pocket's own: the launch goes another w
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
 # What workers of one uid may write to the log: bytes in a second, and seconds of these at once. More waits in its pipe.
 LOG_RATE, LOG_BURST = 64 << 10, 4.0
+_REAPED = 64  # children in one turn
 _READ, _PIPE = 4 << 10, 64 << 10  # bytes: in one turn, and what a pipe holds (pipe(7))
 _LAST = 16 << 10, 1 << 10  # bytes of what a worker left in its pipe; where it has written too much already
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
@@ -57,6 +60,7 @@ class Init(Holding, Slots):
         self.said: Dict[int, float] = {}  # by uid, when all that it wrote would have been written at LOG_RATE
         self.spare: Optional[clone.Child] = None  # the next session's pause
         self.kept: Any = None
+        self.waker: Any = None  # what is written there makes for another turn
         self.running = True
         self.stop_timeout = STOP_TIMEOUT
         self.stopping: Optional[float] = None  # when the sessions that are left are ended
@@ -79,6 +83,7 @@ class Init(Holding, Slots):
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self.waker = waker
         self.watch(wake.fileno(), lambda: self.awake(wake))
         self.listener.listen(16)  # again, so that SO_PEERCRED of who connects names this process
         self.listener.setblocking(False)
@@ -88,8 +93,24 @@ class Init(Holding, Slots):
             for fd, _ in self.epoll.poll(self.patience()):
                 handler = self.handlers.get(fd)
                 if handler:
-                    handler()
+                    try:
+                        handler()
+                    except Exception:
+                        self.blame(fd)
             self.expire()
+
+    def blame(self, fd: int) -> None:
+        """A fault of ours in hearing somebody: it costs that one what it has here, and nobody else anything."""
+        self.log.write("init", traceback.format_exc().encode())
+        for s in list(self.sessions.values()):
+            if fd in (s.hold.fileno() if s.hold else -1, s.events, s.output):
+                self.unwatch(fd)
+                self.kill(s)
+        for t in list(self.templates.values()):
+            if fd in (t.talk.fileno(), t.stderr):
+                self.lose(t)
+        if self.daemon and fd == self.daemon.fileno():
+            self.forget_daemon()  # it connects anew
 
     def patience(self) -> float:
         waiting = [s.deadline for s in self.sessions.values() if not s.pid and s.deadline < NEVER]
@@ -134,6 +155,10 @@ class Init(Holding, Slots):
         if signal.SIGTERM in numbers and self.stopping is None:
             self.stop_in_order()
         self.reap()
+
+    def wake(self) -> None:
+        with suppress(BlockingIOError):  # it is full of what wakes as well
+            self.waker.send(b"\0")
 
     def stop_in_order(self) -> None:
         """SIGTERM: systemd stops the scope (at power-off, say) and has told every process of it, workers too; or
@@ -193,6 +218,9 @@ class Init(Holding, Slots):
                 self.tell({"id": message.get("id"), "error": e.wire()})
             except OSError as e:
                 self.tell({"id": message.get("id"), "error": Error("kernel", str(e)).wire()})
+            except Exception as e:  # one request's fault
+                self.log.write("init", traceback.format_exc().encode())
+                self.tell({"id": message.get("id"), "error": Error("init", f"{type(e).__name__}: {e}").wire()})
 
     def on_hello(self, message: Message, fds: Fds) -> None:
         """What is here. Ended sessions stay listed until `forget` names them.
@@ -395,6 +423,7 @@ class Init(Holding, Slots):
         held = t.kind == "pocket"
         try:
             hold = hold_socket(hold_fd)
+            check_socket(session_fd)
         except Error:
             for fd in (leaf, session_fd, hold_fd, orders):
                 os.close(fd)
@@ -431,8 +460,8 @@ class Init(Holding, Slots):
         try:
             request = {"op": "fork", "launch": s.launch, "host_network": message["host_network"]}
             wire.send(t.talk, {**request, "marks": marked(message, "init has a pause and asks the template")}, passed)
-        except OSError as e:
-            self.fail(s, Error("template", f"template {t.number} is gone: {e}"))
+        except (OSError, ValueError) as e:
+            self.fail(s, Error("template", f"template {t.number} does not take a launch: {e}"))
         finally:
             os.close(session_fd)
             os.close(orders)
@@ -494,7 +523,8 @@ class Init(Holding, Slots):
             if messages.carries(s.hold):  # left where they are: to close them may be to wait (pocketd.apart)
                 raise MessageError("descriptors")
             message, fds = wire.receive(s.hold, socket.MSG_DONTWAIT, wire.SIGNAL)
-            fds.rest()  # none, unless the caller, whose socket this is too, has just taken what was looked at
+            if fds.rest():  # its caller, whose socket this is too, has taken what was looked at; not closed, see above
+                raise MessageError("descriptors")
         except BlockingIOError:
             return
         except (EOFError, OSError, MessageError):
@@ -506,6 +536,8 @@ class Init(Holding, Slots):
 
     def signal(self, s: Session, number: int, group: bool) -> None:
         """Pass a signal on: to the worker, or, when a terminal sent it, to its whole process group."""
+        if not 0 < number <= signal.SIGRTMAX:
+            return
         if number in _STOPS and by_default(s.pid, number):
             number = signal.SIGSTOP  # a session without a terminal ignores the others by default (orphaned group)
         try:
@@ -586,7 +618,7 @@ class Init(Holding, Slots):
     def reap(self) -> None:
         by_pid = {s.pid: s for s in self.sessions.values() if s.pid and s.status is None}
         templates = {t.pid: t for t in self.templates.values()}
-        while True:
+        for _ in range(_REAPED):
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT | WALL)
                 if ended is None:
@@ -612,6 +644,8 @@ class Init(Holding, Slots):
                 self.spare = None
             elif not self.claim(pid, status, cgroup) and any(not s.pid for s in self.sessions.values()):
                 self.unclaimed[pid] = status
+        else:
+            self.wake()  # for more, in a turn of its own: pockets' processes may stop and go on without end
         if not any(not s.pid for s in self.sessions.values()):
             self.unclaimed.clear()  # strangers, made our children by CLONE_PARENT: reaped, nothing kept
 
@@ -695,6 +729,18 @@ def hold_socket(fd: int) -> socket.socket:
         sock.detach()
         raise Error("bad-request", "the hold socket is not a unix socket of type SOCK_SEQPACKET")
     return sock
+
+
+def check_socket(fd: int) -> None:
+    """Raise Error unless `fd`, a session's, is a socket as a worker wants it."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        raise Error("bad-request", "the session's descriptor is no socket") from None
+    kind = sock.family, sock.type
+    sock.detach()
+    if kind != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        raise Error("bad-request", "the session's is not a unix socket of type SOCK_SEQPACKET")
 
 
 def let_go(hold: socket.socket, trusted: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import io
+import locale
 import os
 import sys
 from functools import partial
@@ -54,6 +55,7 @@ class Recorder:
         self.reconfigured: Dict[str, List[Dict[str, Any]]] = {}
         self.made: List[str] = []  # directories that it made
         self.refused: Optional[str] = None
+        self._imported: Set[str] = set()  # before it began
         self._undo: List[Callable[[], object]] = []
         self._watched: Dict[str, "_Arguments"] = {}
 
@@ -69,6 +71,7 @@ class Recorder:
             self._arguments()
         self._streams()
         self._functions()
+        self._imported = set(sys.modules)
         _active = self
 
     def end(self) -> None:
@@ -79,6 +82,7 @@ class Recorder:
         self._undo.clear()
         self._plain_arguments()
         self._forget_generated()
+        self._libraries()
 
     def _forget_generated(self) -> None:
         """Modules that the program itself wrote into its scratch and has imported. A run may remove their files at its
@@ -87,6 +91,14 @@ class Recorder:
             name = getattr(module, "__file__", None)
             if isinstance(name, str) and name.startswith(self.scratch) and not name.startswith(self.shown):
                 self.files.pop(name, None)
+
+    def _libraries(self) -> None:
+        """What it imported of the service's: with bytecode that is valid no source is opened."""
+        for name in set(sys.modules) - self._imported:
+            file = getattr(sys.modules[name], "__file__", None)
+            if isinstance(file, str) and file.startswith(_LIBRARIES) and not file.startswith(self.tops):
+                if len(self.libraries) < 4 * _WATCHED:
+                    self.libraries.setdefault(file, identity(file))
 
     def _set(self, holder: Any, name: str, value: Any) -> Any:
         """Replace an attribute until the end. Returns what it was."""
@@ -145,7 +157,7 @@ class Recorder:
                 self._undo.append(partial(layer.__dict__.pop, "isatty", None))
             if name == "stdin" and self.program:
                 for method in ("read", "readline", "readlines"):
-                    setattr(stream, method, self._reads_input)
+                    setattr(stream, method, partial(self._reads_input, getattr(stream, method)))
                     self._undo.append(partial(stream.__dict__.pop, method, None))
             elif name != "stdin":
                 done = self.reconfigured.setdefault(name, [])
@@ -153,17 +165,21 @@ class Recorder:
                 self._undo.append(partial(stream.__dict__.pop, "reconfigure", None))
 
     def asked(self, fd: int) -> bool:
+        if _active is not self:  # a program may have kept what asks
+            return _isatty(fd)
         self.terminal.add(fd)
         return False
 
-    def _reads_input(self, *_: object, **__: object) -> Any:
+    def _reads_input(self, plain: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if _active is not self:
+            return plain(*args, **kwargs)
         self.refuse(f"it reads standard input{self.line(sys._getframe(1))}")
 
     def _functions(self) -> None:
-        isatty, size, getcwd = os.isatty, os.get_terminal_size, os.getcwd
+        size, getcwd, setlocale = os.get_terminal_size, os.getcwd, locale.setlocale
 
         def tty(fd: int) -> bool:
-            return self.asked(fd) if fd in (0, 1, 2) else isatty(fd)
+            return self.asked(fd) if fd in (0, 1, 2) else _isatty(fd)
 
         def terminal(fd: int = 1) -> os.terminal_size:
             if fd in (0, 1, 2):
@@ -176,7 +192,15 @@ class Recorder:
 
         self._set(os, "isatty", tty)
         self._set(os, "get_terminal_size", terminal)
+
+        def localized(category: int, name: Any = None) -> str:
+            if name == "" and _active is self:  # by the environment, which C reads
+                for variable in _LOCALE:
+                    os.environb.get(variable)
+            return setlocale(category, name)
+
         self._set(os, "getcwd", directory)
+        self._set(locale, "setlocale", localized)
 
     def opened(self, path: Any, flags: int) -> None:
         """A file is about to be opened: its state is what the program will have seen."""
@@ -200,9 +224,9 @@ class Recorder:
         self.files[name] = identity(name)
 
     def changed(self, path: Any, does: str) -> None:
-        """The pocket's own files are not to be changed: each run would do it anew, and this is done once."""
+        """What the pocket is shown is not to be changed: each run would do it anew, and this is done once."""
         name = self._named(path)
-        if name is not None and name.startswith(self.tops):
+        if name is not None and name.startswith(self.shown):
             self.refuse(f"it {does} {name}{self.line(sys._getframe(1))}")
 
     def entered(self, path: Any) -> None:
@@ -211,7 +235,7 @@ class Recorder:
 
     def made_directory(self, path: Any) -> None:
         name = self._named(path)
-        if name is not None and name.startswith(self.tops) and os.path.basename(name) != "__pycache__":
+        if name is not None and name.startswith(self.shown) and os.path.basename(name) != "__pycache__":
             self.made.append(name)  # makedirs(exist_ok=True) is what programs do; each run would find it there
 
     def _named(self, path: Any) -> Optional[str]:
@@ -265,7 +289,8 @@ class Recorder:
         return None
 
 
-_getcwd = os.getcwd
+_getcwd, _isatty = os.getcwd, os.isatty
+_LOCALE = (b"LC_ALL", b"LC_CTYPE", b"LC_COLLATE", b"LC_TIME", b"LC_MONETARY", b"LC_NUMERIC", b"LC_MESSAGES", b"LANG")
 _INPUT = ("/dev/stdin", "/proc/self/fd/0")
 _ARGUMENTS = ("/proc/self/cmdline", "/proc/self/environ")
 _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")

@@ -93,6 +93,7 @@ class Snapshot:
         self.sys = {name: getattr(sys, name, None) for name in _SYS}
         self.limit = sys.getrecursionlimit()
         self.random = states()
+        self.loggers = _loggers()
 
     def _own(self) -> Iterator[Tuple[str, Any]]:
         for name, module in list(sys.modules.items()):
@@ -130,8 +131,41 @@ class Snapshot:
         for name, value in self.sys.items():
             setattr(sys, name, value)
         sys.setrecursionlimit(self.limit)
+        _put_loggers(self.loggers)
         gc.collect()
         put_back(self.random)
+
+
+_LOGGER = ("level", "propagate", "disabled", "handlers", "filters")
+
+
+def _loggers() -> Dict[Any, Dict[str, Any]]:
+    """What is set of each logger that there is, the root's too: what a program says by logging.basicConfig is said of
+    the process, and only where nothing has been said yet."""
+    logging = sys.modules.get("logging")
+    if not logging:
+        return {}
+    known = (logging.root, *logging.root.manager.loggerDict.values())
+    loggers = [logger for logger in known if isinstance(logger, logging.Logger)]  # others only hold a place
+    return {logger: {name: _copy(vars(logger)[name]) for name in _LOGGER} for logger in loggers}
+
+
+def _copy(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def _put_loggers(known: Dict[Any, Dict[str, Any]]) -> None:
+    for logger in _loggers():
+        had = known.get(logger, _NEW)
+        for name, value in had.items():
+            if isinstance(value, list):
+                getattr(logger, name)[:] = value
+            else:
+                setattr(logger, name, value)
+        logger.manager._clear_cache()
+
+
+_NEW = {"level": 0, "propagate": True, "disabled": False, "handlers": [], "filters": []}
 
 
 def _finalizers() -> Any:

@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import random
 import sys
+import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
@@ -38,6 +39,7 @@ class Seeds:
         self._layers: List[Any] = []  # Keras' SeedGenerators, the same
         self._defaults: Set[int] = set()
         self._context: Any = None
+        self._begun = 0.0
         self._finder = _Finder(self._watch)
         self._undo: List[Callable[[], object]] = []
 
@@ -49,6 +51,7 @@ class Seeds:
                 self._watch(module)
         sys.meta_path.insert(0, self._finder)
         self._context = _tensorflow_seed()
+        self._begun = time.monotonic()
         self._before = {id(g) for g in generators()}
 
     def end(self) -> None:
@@ -60,14 +63,15 @@ class Seeds:
 
     def find(self) -> None:
         """What there is by now that nobody seeded, and that `renew` has to make another."""
-        if _tensorflow_seed() != self._context:
+        seed, ago = _tensorflow_seed(), time.monotonic() - self._begun
+        if seed != self._context and not drawn_from_clock(seed, ago):
             self.kept.add("tensorflow")
         for g in generators():
             if id(g) in self._before:
                 continue
             sequence = getattr(g._bit_generator, "_seed_seq", None)
             entropy = getattr(sequence, "entropy", None)
-            if isinstance(entropy, int) and entropy in self._drawn:
+            if isinstance(entropy, int) and (entropy in self._drawn or drawn_from_clock(entropy, ago)):
                 self._arrays.append(g)
             elif isinstance(entropy, int) and entropy.bit_length() > 64:
                 self.unsure.append(f"{type(g).__name__} of numpy, seeded with a number of {entropy.bit_length()} bits")
@@ -103,7 +107,7 @@ class Seeds:
         def seeded(generator: random.Random, a: Any = None, version: int = 2) -> None:
             seed(generator, a, version)
             self.kept.discard("random") if generator is random._inst else None
-            if a is None:
+            if a is None or drawn_from_clock(a):
                 self._unseeded.add(generator)
                 return
             self._unseeded.discard(generator)
@@ -137,7 +141,8 @@ class Seeds:
         def noting(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
             given = args[0] if args else next(iter(kwargs.values()), None)
-            (self.kept.discard if given is None else self.kept.add)(generator)
+            unseeded = given is None or drawn_from_clock(given)
+            (self.kept.discard if unseeded else self.kept.add)(generator)
             return result
 
         noting.__name__, noting.__doc__ = getattr(function, "__name__", "seed"), function.__doc__
@@ -152,6 +157,19 @@ class Seeds:
             return number
 
         self._set(module, "make_default_seed", default)
+
+
+def drawn_from_clock(seed: Any, ago: float = 0.0) -> bool:
+    """Whether a seed is the time, of now or of at most `ago` seconds before, in a usual unit, also modulo 2 ** 32: its
+    program wants other numbers in each run. By chance a number is that once in a million."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, float)):
+        return False
+    now = time.time()
+    span = ago + 2.0
+    for unit in (1.0, 1e3, 1e6, 1e9):
+        if 0 <= (now + 1) * unit - seed <= (span + 1) * unit:
+            return True
+    return isinstance(seed, int) and any((int(now * unit) + 1 - seed) % (1 << 32) <= span * unit for unit in (1, 1e3))
 
 
 def _number(generator: Any) -> Optional[int]:

@@ -144,9 +144,12 @@ def fork_worker(
             flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
         )
         if child is None:
-            trace.mark("the worker is born")
-            template.ancestors = avoid
-            worker.run(template, session, orders, handed, clean, trace)
+            try:
+                trace.mark("the worker is born")
+                template.ancestors = avoid
+                worker.run(template, session, orders, handed, clean, trace)
+            finally:
+                os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
     except OSError as e:
         error = Error("fork", f"the template could not fork: {e}")
         template.say({"op": "refused", "launch": message["launch"], "error": error.wire()})

@@ -12,7 +12,6 @@ import fcntl
 import os
 import signal
 import socket
-import stat
 from typing import Any, List, NoReturn, Optional, Sequence, Tuple
 
 from nsutil import clone, memory, mounts, namespaces, privileges, processes
@@ -20,7 +19,7 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import checkpointed, cold, interpreter, observed, preloaded, program, randomness, session, slot, threads
-from runtime.confinement import EMPTY, confine, homes_of
+from runtime.confinement import EMPTY, confine, homes_of, is_way_out
 from runtime.trace import Trace
 
 ORDERS = 1 << 20  # bytes, at most
@@ -37,7 +36,7 @@ def run(
     trees, the credentials, the network.
     """
     code = FAILED
-    sock = socket.socket(fileno=session_fd)
+    sock = socket.socket(fileno=session_fd)  # one it is: init has looked
     try:
         os.setsid()
         processes.close_others({session_fd, orders, *handed, *template.reopen})
@@ -169,7 +168,7 @@ def lay_over(message: Message, sock: socket.socket) -> List[int]:
                     os.close(copy)
                     layers.append(os.open(place["alias"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         mounts.unmount(EMPTY)
-    namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=message["self"])
     wire.send(sock, {"op": "layers", "count": LAYERS if places else 0}, [namespace, *layers])
     os.close(namespace)
     return shown + layers
@@ -209,6 +208,8 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], template:
     if not all(os.path.lexists("/" + path.split("/")[1]) for path in (*homes, *(p["target"] for p in places))):
         m.writable_root(made, owner)
     m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC)
+    # Where others' trees are, a path is no proof that this is the kernel's: what root writes there goes by this.
+    message["self"] = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     if "hold" in message:
         message["hold"]["sysctl"] = prepare_to_hold(template.ancestors)
     template.masks.apply()
@@ -230,7 +231,13 @@ def settle(message: Message, trees: List[int], secrets: Optional[int], template:
     privileges.leave_groups()
     with privileges.filing_as(*owner):
         for tree, place in sorted(zip(trees, places), key=lambda pair: len(pair[1]["target"])):
-            attach(tree, place, made, owner)
+            try:
+                attach(tree, place, made, owner)
+            except OSError as e:
+                if e.errno != errno.ELOOP:
+                    raise
+                text = f"{place['target']} cannot be shown: a part of it is a symbolic link; name what that leads to"
+                raise Error("mount", text) from None
     m.seal(made)
 
 
@@ -239,12 +246,12 @@ def attach(tree: int, place: Message, made: List[str], owner: Tuple[int, int]) -
     target = place["target"]
     if not os.path.lexists(target):
         make_point(target, place["directory"], made, owner)
-    mounts.attach(tree, target)
-    os.close(tree)
+    mounts.attach_as_named(tree, target)
     if place.get("alias"):
-        copy = mounts.open_tree(target)
-        mounts.attach(copy, place["alias"])
+        copy = mounts.open_tree("", at=tree)
+        mounts.attach_as_named(copy, place["alias"])
         os.close(copy)
+    os.close(tree)
 
 
 def make_point(target: str, directory: bool, made: List[str], owner: Tuple[int, int]) -> None:
@@ -253,7 +260,7 @@ def make_point(target: str, directory: bool, made: List[str], owner: Tuple[int, 
     try:
         mounts.point(target, like)
     except OSError:
-        mounts.make_room(target, made, owner)
+        mounts.make_room(target, made, owner, EMPTY)
         mounts.point(target, like)
 
 
@@ -321,8 +328,7 @@ def take_listening(start: Message, fds: List[int], sock: socket.socket, held: Se
 
 
 def refuse_ways_out(fd: int) -> None:
-    """A directory of another mount namespace is a way up to that one's root, and so is a path opened for no more."""
-    if stat.S_ISDIR(os.fstat(fd).st_mode) or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+    if is_way_out(fd):
         text = "a directory cannot be a standard stream of a pocket: all that is above it could be reached by it"
         raise Error("bad-request", text)
 

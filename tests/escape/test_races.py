@@ -241,3 +241,29 @@ def test_a_mount_point_that_becomes_a_link_is_made_nowhere_else(as_user, of_root
             said.add(as_user(*options, f"{of_root}:{users_place}/real/made-{number}").stdout)
             assert goes_on(count)
     assert list(of_root.iterdir()) == [] and "begun\n" in said
+
+
+@pytest.mark.parametrize("own_names", [False, True], ids=["", "a mount namespace of its own"])
+def test_a_tree_is_attached_where_its_target_says_and_nowhere_else(daemon, users_place, own_names):
+    """A link in the user's own directory leads to the worker's /proc, and a tree over that to a file of root's: what
+    root writes on the way to a worker's first line would go there."""
+    victim = Path(tempfile.mkdtemp(prefix="victim-", dir=daemon.place.parent))
+    victim.chmod(0o755)
+    (victim / "file").write_text("of root\n")
+    (victim / "file").chmod(0o644)
+    fake = users_place / "fake"
+    (fake / "self").mkdir(parents=True)
+    for name in ("oom_score_adj", "setgroups", "uid_map", "gid_map"):
+        (fake / "self" / name).symlink_to("/srv/victim/file")
+    (users_place / "root").symlink_to("/")
+    words = daemon.command(
+        *("run", "--service", "plain", "--dir", str(users_place), "--mount", f"{fake}:{users_place}/root/proc"),
+        *("--mount", f"{victim}:/srv/victim:rw", "-c", "print(open('/proc/self/comm').read())"),
+    )
+    enter = ["unshare", "-Urm"] if own_names else []
+    done = subprocess.run(
+        [*enter, *words], env={**daemon.environment, "HOME": "/"}, cwd=ROOT, capture_output=True, text=True,
+        timeout=TIMEOUT, user=UID, group=UID, extra_groups=[],
+    )  # fmt: skip
+    assert (victim / "file").read_text() == "of root\n"
+    assert done.returncode == 125 and "symbolic link" in done.stderr, done

@@ -116,12 +116,13 @@ def bomb(size: int = messages.MAX_BODY) -> bytes:
 
 
 @contextlib.contextmanager
-def program(daemon: Pocketd, place: Path) -> Iterator[Login]:
-    """A program that runs, and its hold socket in the test's hands."""
+def program(daemon: Pocketd, place: Path, text: bytes = b"") -> Iterator[Login]:
+    """A program that runs, and its hold socket in the test's hands. `text`: another that prints 1."""
+    start = {**START, "program": text} if text else START
     read, write = os.pipe()
     with open("/dev/null") as null, control_of(daemon) as c:
         stdio = [null.fileno(), write, 2]
-        login = open_login(c, mode="program", name="plain", directory=str(place), start=START, fds=stdio)
+        login = open_login(c, mode="program", name="plain", directory=str(place), start=start, fds=stdio)
     os.close(write)
     with login.session, login.hold, open(read, "rb", 0) as output:
         assert output.read(2) == b"1\n"

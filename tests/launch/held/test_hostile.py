@@ -40,6 +40,7 @@ ATTACKS = {
     "says odd things": "[say(op=op, launch=launch) for op in ('ready', 'failed', 'uncover', 'forked', 'x', None, 3) for launch in (-1, None, 'x', 1 << 60, [], {})]",
     "refuses without words": "say(op='refused', launch=message['launch'], error=None)",
     "refuses with too many": "say(op='refused', launch=message['launch'], error={'code': 'x' * 3000, 'message': 'y' * 9000, 'detail': {}})",
+    "refuses with itself in the details": "say(op='refused', launch=message['launch'], error={'code': 'x', 'message': 'y', 'detail': {'self': 1, 'code': 2, 'message': 3}})",
     "reads the session": "socket.socket(fileno=os.dup(session)).recv(1 << 20)",
     "answers on the session": "os.write(session, b'x' * 100)",
     "floods the session": "s = socket.socket(fileno=os.dup(session)); s.setblocking(False)\n    try:\n        while True: s.send(b'x' * 4096)\n    except OSError: pass",
