@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import service_environment, toml_table
 from tests.launch.both import Both
 
 
@@ -253,3 +254,35 @@ def test_no_mount_appears_on_the_host(both, elsewhere, begun):
     assert Path("/proc/self/mountinfo").read_text() == before
     process.communicate(b"\n")
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("what", ["a/data", "a", "b/app", "b"])
+def test_a_defined_place_that_has_become_a_link_is_not_followed(own_pocketd, tmp_path, what):
+    """Whoever owns it, or a directory on the way: the operator meant what was there when the definition was read. A
+    link that was there then is what it led to."""
+    other = tmp_path / "of-others"
+    for path in ("a/data", "b/app", "of-others/data", "of-others/app"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "app.py").write_text(f"print({path!r}, open('/data/word').read())")
+        (tmp_path / path / "word").write_text(path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    daemon = own_pocketd(f"""
+        [service.plain]
+        runtime = "python"
+        env = {toml_table(service_environment())}
+
+        [pocket.app]
+        service = "plain"
+        dir = "{tmp_path}/b/app"
+        program = "app.py"
+        mounts = ["{tmp_path}/link/data:/data"]
+    """)
+    assert daemon.pocket("app").stdout == "b/app a/data\n"
+    place = tmp_path / what
+    place.rename(tmp_path / "aside")
+    place.symlink_to(other if what in ("a", "b") else other / place.name)
+    done = daemon.pocket("app", check=False)
+    assert done.returncode == 125 and "symbolic link by now" in done.stderr, done
+    place.unlink()
+    (tmp_path / "aside").rename(place)
+    assert daemon.pocket("app").stdout == "b/app a/data\n"
