@@ -212,6 +212,7 @@ class Checkpointed(Held):
         self.play(sample, out, err)
         self.rehearsing = self.exits.dropping = True
         self.exits.begin()
+        self.recorder.begin_rehearsal()
         try:
             ends.begin()
             again()
@@ -220,6 +221,7 @@ class Checkpointed(Held):
         except BaseException as e:
             raise rehearsal.Failed(f"it ended by {type(e).__name__}: {e}") from None
         finally:
+            self.recorder.end_rehearsal()
             ends.end()
             self.exits.end()
             self.rehearsing = self.exits.dropping = False

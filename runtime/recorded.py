@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 Identity = Tuple[int, int, int]  # of a file: mtime_ns, size, inode
 _WATCHED = 4096  # files whose state is compared at each launch; a program that reads more is refused
 _active: Optional["Recorder"] = None
+_rehearsing: Optional["Recorder"] = None
 _hooked = False
 
 
@@ -56,6 +57,7 @@ class Recorder:
         self.made: List[str] = []  # directories that it made
         self.refused: Optional[str] = None
         self._imported: Set[str] = set()  # before it began
+        self._own: Set[bytes] = set()  # variables that a rehearsal has set itself
         self._undo: List[Callable[[], object]] = []
         self._watched: Dict[str, "_Arguments"] = {}
 
@@ -73,6 +75,20 @@ class Recorder:
         self._functions()
         self._imported = set(sys.modules)
         _active = self
+
+    def begin_rehearsal(self) -> None:
+        """From now on what the pocket's own lines read of the environment is noted: they may keep it."""
+        global _rehearsing
+        self._own.clear()
+        self._environment()
+        _rehearsing = self
+
+    def end_rehearsal(self) -> None:
+        global _rehearsing
+        _rehearsing = None
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
 
     def end(self) -> None:
         global _active
@@ -118,6 +134,13 @@ class Recorder:
     def saw_variable(self, name: bytes, value: Optional[bytes]) -> None:
         if name not in self.changes:
             self.variables.setdefault(name, value)
+
+    def saw_in_rehearsal(self, name: bytes, value: Optional[bytes]) -> None:
+        if name not in self._own and self.line(sys._getframe(2), near=True):
+            self.saw_variable(name, value)
+
+    def sets_in_rehearsal(self, name: bytes) -> None:
+        self._own.add(name)  # each run does
 
     def saw_environment(self) -> None:
         """All of it: a program that looks at it as a whole depends on everything. Libraries do so for subprocesses."""
@@ -379,6 +402,8 @@ def _watched(plain: Any) -> Any:
                 value = None
             if recorder is not None:
                 recorder.saw_variable(os.fsencode(key), None if value is None else os.fsencode(value))
+            elif _rehearsing is not None:
+                _rehearsing.saw_in_rehearsal(os.fsencode(key), None if value is None else os.fsencode(value))
             if value is None:
                 raise KeyError(key) from None
             return value
@@ -387,11 +412,15 @@ def _watched(plain: Any) -> Any:
             super().__setitem__(key, value)
             if _active is not None:
                 _active.changes[os.fsencode(key)] = os.fsencode(value)
+            elif _rehearsing is not None:
+                _rehearsing.sets_in_rehearsal(os.fsencode(key))
 
         def __delitem__(self, key: Any) -> None:
             super().__delitem__(key)
             if _active is not None:
                 _active.changes[os.fsencode(key)] = None
+            elif _rehearsing is not None:
+                _rehearsing.sets_in_rehearsal(os.fsencode(key))
 
         def __iter__(self) -> Any:
             if _active is not None:

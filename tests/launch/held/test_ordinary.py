@@ -69,6 +69,26 @@ def test_seeded_by_the_clock_it_is_another_in_each_run(hold, what):
     assert len({pocket.from_held().out for _ in range(3)}) == 3
 
 
+CACHED = """
+import functools, os
+@functools.lru_cache
+def settings(): return os.environ.get("MODE", "fast")
+def main():
+    os.environ["OWN"] = "1"
+    print(settings(), os.environ["OWN"])
+main()
+"""
+
+
+def test_a_variable_that_a_rehearsal_has_kept(hold):
+    """The caller's is what counts; with the same one it is a held run."""
+    pocket = hold(CACHED, "main", rehearse=[])
+    assert pocket.warm()["rehearsed"] is True
+    assert pocket.from_held().out == b"fast 1\n"
+    assert pocket.same(env={"MODE": "slow"}, way="root").out == b"slow 1\n"
+    assert pocket.same().out == b"fast 1\n"
+
+
 def test_a_file_of_a_mount_is_not_written_before(hold, tmp_path):
     source = f"with open('/log/runs', 'a') as f: f.write('run\\n')\n{HERE}print(1)\n"
     place = hold(source, None).place.parent / "log"
