@@ -37,6 +37,7 @@ __all__ = [
     "live_fork",
     "pause",
     "privatize_shared_mappings",
+    "shared_mappings",
     "reopen",
     "revive",
 ]

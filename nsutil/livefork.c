@@ -26,7 +26,6 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -682,10 +681,24 @@ long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
 
 /* ---- Shared mappings ---------------------------------------------------------------------------------------------- */
 
+/* Copy within this process, by the kernel: a page beyond the end of a mapped file is EFAULT here, and SIGBUS for memcpy.
+ * Through a memory file, since a filter may refuse process_vm_readv. Pages that cannot be read stay zero. */
+static long copy_readable(long to, uint64_t from, long size, int memory) {
+    long page = sysconf(_SC_PAGESIZE);
+    for (long at = 0; at < size;) {
+        long n = raw(SYS_pwrite64, memory, (long)from + at, size - at, 0, 0, 0);
+        if (n > 0) n = raw(SYS_pread64, memory, to + at, n, 0, 0, 0);
+        if (n < 0 && n != -EFAULT) return n;
+        at += n > 0 ? n : page;
+    }
+    return 0;
+}
+
 int livefork_privatize(const struct livefork_range *ranges, uint32_t count, int64_t timeout_ns, struct livefork_failure *f) {
     static const uint64_t every_signal = ~0ULL;
     uint64_t mask;
-    long page = sysconf(_SC_PAGESIZE), result = 0;
+    long result = 0, memory = raw(SYS_memfd_create, (long)"privatize", 1 /* MFD_CLOEXEC */, 0, 0, 0, 0);
+    if (memory < 0) return fail(f, "memfd_create", memory);
     raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&every_signal, (long)&mask, KERNEL_SIGSET, 0, 0);
     if (park(now() + timeout_ns, 0, f)) result = -1;
     for (uint32_t i = 0; i < count && result == 0; i++) {
@@ -695,17 +708,9 @@ int livefork_privatize(const struct livefork_range *ranges, uint32_t count, int6
             result = fail(f, "mmap", copy);
             break;
         }
-        for (long at = 0; at < size;) {
-            /* By the kernel: a page beyond the end of the file is EFAULT here, and SIGBUS for memcpy. */
-            struct iovec to = {(void *)(copy + at), (size_t)(size - at)}, from = {(void *)(ranges[i].start + (uint64_t)at), (size_t)(size - at)};
-            long n = raw(SYS_process_vm_readv, raw(SYS_getpid, 0, 0, 0, 0, 0, 0), (long)&to, 1, (long)&from, 1, 0);
-            if (n < 0 && n != -EFAULT) {
-                result = fail(f, "process_vm_readv", n);
-                break;
-            }
-            at += n > 0 ? n : page;
-        }
-        long r = result ? result : raw(SYS_mprotect, copy, size, ranges[i].protection, 0, 0, 0);
+        long r = copy_readable(copy, ranges[i].start, size, (int)memory);
+        if (r < 0) result = fail(f, "copy", r);
+        if (!result) r = raw(SYS_mprotect, copy, size, ranges[i].protection, 0, 0, 0);
         if (!result && r < 0) result = fail(f, "mprotect", r);
         if (!result) {
             r = raw(SYS_mremap, copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, (long)ranges[i].start, 0);
@@ -716,5 +721,6 @@ int livefork_privatize(const struct livefork_range *ranges, uint32_t count, int6
     }
     if (atomic_load(&epoch) & 1) release();
     raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, KERNEL_SIGSET, 0, 0);
+    raw(SYS_close, memory, 0, 0, 0, 0, 0);
     return (int)result;
 }

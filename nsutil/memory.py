@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 
-from nsutil.syscalls import libc
+from nsutil.syscalls import check, error, libc
 
 # linux/fcntl.h (fcntl exports these from Python 3.8 on Linux)
 F_ADD_SEALS = 1033
@@ -112,3 +112,21 @@ def collapse() -> None:
                 found.append((int(start, 16), int(end, 16)))
     for first, last in found:
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)
+
+
+# asm-generic/mman-common.h, linux/mman.h
+_PROT_READ_WRITE, _MAP_SHARED, _MAP_ANONYMOUS, _MREMAP_MAYMOVE, _MREMAP_FIXED = 0x3, 0x1, 0x20, 1, 2
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def share(start: int, end: int, protection: int) -> None:
+    """Make a range of this process's memory a MAP_SHARED mapping of its own, with the same content, that children made
+    by fork(2) share with it. No other thread may use it meanwhile. Raises OSError."""
+    size = end - start
+    new = libc.mmap(None, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_ANONYMOUS, -1, 0)
+    if new == _FAILED:
+        raise error("mmap", f"{size} bytes")
+    ctypes.memmove(new, start, size)
+    check(libc.mprotect(new, size, protection), "mprotect", f"{size} bytes")
+    if libc.mremap(new, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, start) == _FAILED:
+        raise error("mremap", f"{size} bytes")

@@ -7,6 +7,7 @@ each run prints again.
 from __future__ import annotations
 
 import builtins
+import ctypes
 import os
 import socket
 import sys
@@ -134,6 +135,7 @@ class Checkpointed(Held):
             def become(out: int, err: int) -> None:
                 self.child = True
                 os.setsid()
+                self.share()
                 clone.revive()
                 self.talk.close()
                 self.rehearsing = True
@@ -147,7 +149,13 @@ class Checkpointed(Held):
                 said = (before.out + before.err)[-2000:].decode(errors="replace")
                 raise rehearsal.Failed(f"the sample ended with status {before.status}:\n{said}")
             self.uncover()
+            contents = [ctypes.string_at(o.range[0], o.range[1] - o.range[0]) for o in self.shared if o.range]
+            self.share()
             self.run_here(sample, again, until)
+            for mapping, content in zip(self.shared, contents):
+                assert mapping.range
+                ctypes.memmove(mapping.range[0], content, len(content))
+            self.make_private()
             snapshot.restore()
             places.clear()
             self.play([], *(spare := rehearsal.capture()))

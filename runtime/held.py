@@ -21,6 +21,7 @@ from pocketd.wire import Error, Message
 from runtime import carried, interpreter, leftbehind, randomness, recorded, rehearsal, seeds, slot, streams, workingset
 from runtime.trace import Trace
 
+_SHARED = 64 << 20  # bytes of it that are made anew in each run
 FAILED = 125  # pocketd's own failure, as podman's
 
 
@@ -49,6 +50,7 @@ class Held:
         self.child = False
         self.on_start: List[Callable[[], object]] = []
         self.open_files: Tuple[int, ...] = ()
+        self.shared: List[clone.Obstacle] = []  # memory that the program's processes share, each run's its own
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
         scratch = tuple(f"{top}/" for top in ("/tmp", "/dev/shm", *orders["homes"]))
         shown = *tops, *(f"{place['target']}/" for place in orders["mounts"])
@@ -133,6 +135,23 @@ class Held:
         left = self.left_behind()
         if left:
             self.fail(f"{self.words.at} {who} holds what a fork cannot carry over: {left}. {self.words.later}")
+        shared = [o for o in clone.shared_mappings() if o.range]
+        self.make_private()
+        if sum(o.range[1] - o.range[0] for o in shared if o.range) <= _SHARED:
+            self.shared = shared
+
+    def make_private(self) -> List[str]:
+        """Nothing that is written from now on reaches another process. Returns the names of what was shared."""
+        try:
+            return clone.privatize_shared_mappings()
+        except clone.CloneError as e:
+            self.fail(f"{self.words.who} holds what a fork cannot carry over: {e.strerror}")
+
+    def share(self) -> None:
+        """Let what was shared be shared again, by this process and those that it makes."""
+        for mapping in self.shared:
+            assert mapping.range
+            memory.share(*mapping.range, mapping.protection)
 
     def left_behind(self) -> str:
         """What cannot be carried over, in words. Notes what has to be opened again in each child."""
@@ -141,10 +160,7 @@ class Held:
 
     def settle(self) -> None:
         """Be ready to be forked: no garbage, and pages that stay shared."""
-        try:
-            privatized = clone.privatize_shared_mappings()
-        except clone.CloneError as e:
-            self.fail(f"{self.words.who} holds what a fork cannot carry over: {e.strerror}")
+        privatized = self.make_private()  # what a rehearsal has left
         self.seeds.find()
         self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))
         self.collecting = gc.isenabled()
@@ -247,6 +263,7 @@ class Held:
         launch = message["launch"]
         os.setsid()
         set_oom_score()
+        self.share()
         clone.revive()
         trace.mark("its threads are back")
         if os.getpid() in avoid:

@@ -89,6 +89,31 @@ def test_a_variable_that_a_rehearsal_has_kept(hold):
     assert pocket.same().out == b"fast 1\n"
 
 
+SHARES = """
+import mmap, multiprocessing, os
+went, lock, count = multiprocessing.Event(), multiprocessing.Lock(), mmap.mmap(-1, 8)
+count[0] = 7
+def work():
+    went.wait()
+    with lock: count[0] += 1
+def main():
+    others = [multiprocessing.Process(target=work) for _ in range(3)]
+    for other in others: other.start()
+    went.set()
+    for other in others: other.join()
+    print(count[0], went.is_set(), [other.exitcode for other in others])
+main()
+"""
+
+
+def test_memory_that_a_runs_processes_share(hold):
+    """What was made of it before is each run's own."""
+    pocket = hold(SHARES, "main", rehearse=[])
+    pocket.warm()
+    for _ in range(2):
+        assert pocket.same().out == b"10 True [0, 0, 0]\n"
+
+
 def test_a_file_of_a_mount_is_not_written_before(hold, tmp_path):
     source = f"with open('/log/runs', 'a') as f: f.write('run\\n')\n{HERE}print(1)\n"
     place = hold(source, None).place.parent / "log"
