@@ -13,6 +13,7 @@ from nsutil.syscalls import libc
 IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x4, 0x40, 0x80, 0x100, 0x200
 IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
 IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
+_PARTS = 8  # reads of one turn: about what a queue holds (fs.inotify.max_queued_events)
 IN_ONLYDIR = 0x01000000
 _EVENT = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, len; then the name
 _CONTENT = IN_MODIFY | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
@@ -49,9 +50,10 @@ class Inotify:
         return self._fd
 
     def names(self) -> list[str]:
-        """The paths that something has happened to, by the directories as they were added; "" where some were lost."""
+        """The paths that something has happened to, by the directories as they were added; "" where some were lost, or
+        are left for the next time: whoever makes them may go on without end."""
         found = []
-        for part in self._parts():
+        for number, part in enumerate(self._parts(), 1):
             at = 0
             while at < len(part):
                 watch, mask, _, size = _EVENT.unpack_from(part, at)
@@ -64,12 +66,14 @@ class Inotify:
                     found.append(os.path.join(directory, os.fsdecode(name)) if name else directory)
                 if mask & IN_IGNORED:  # removed with its directory, or by `remove`
                     self._watched.pop(watch, None)
+            if number == _PARTS:
+                found.append("")
         return found
 
     def _parts(self) -> Iterator[bytes]:
         try:
-            while part := os.read(self._fd, 65536):
-                yield part
+            for _ in range(_PARTS):
+                yield os.read(self._fd, 65536)
         except BlockingIOError:
             pass
 

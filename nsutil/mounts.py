@@ -26,7 +26,7 @@ from nsutil.syscalls import (
 # linux/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_STRICTATIME = 0x20, 0x1000, 0x4000, 0x40000, 0x1000000
-MNT_DETACH = 2
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
@@ -42,7 +42,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int = 0, dat
 
 def unmount(target: str) -> None:
     """Detach what is mounted at `target`; it goes when nobody uses it any more."""
-    check(libc.umount2(os.fsencode(target), MNT_DETACH), "umount2", target)
+    check(libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW), "umount2", target)
 
 
 def private() -> None:
@@ -226,7 +226,11 @@ def overlay(directory: str, lower: int, scratch: str) -> None:
         os.chmod(path, stat.S_IMODE(status.st_mode) & 0o1777)
     quoted = [re.sub(r"([\\,:])", r"\\\1", path) for path in (f"/proc/self/fd/{lower}", upper, work)]
     options = "lowerdir={},upperdir={},workdir={}".format(*quoted)
-    mount("overlay", directory, "overlay", MS_NOSUID | MS_NODEV, options)
+    place = open_as_named(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        mount("overlay", f"/proc/self/fd/{place}", "overlay", MS_NOSUID | MS_NODEV, options)
+    finally:
+        os.close(place)
 
 
 def seal(made: Iterable[str]) -> None:

@@ -52,6 +52,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         stack.enter_context(generation.busy())
         await daemon.turns.take(peer.uid)
         stack.callback(daemon.turns.give, peer.uid)
+        if service.find(identity):  # by another login of that name, which waited for its turn too
+            raise Error("bad-request", "that session is being launched")
         plan = make_plan(daemon, generation, peer, definition, identity)
         launching = ahead.Launching(daemon, generation, plan, peer, request, given, marks)
         ready = await launching.from_slot()

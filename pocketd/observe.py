@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -17,10 +18,12 @@ from pocketd.wire import Error, Message
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
+_LOOKING = 2.0  # seconds that one answer may take to look at processes
+
 
 def ps(daemon: Daemon, peer: processes.Peer) -> Message:
     """Services, templates, pockets and workers; memory in bytes, age and cpu in seconds. Others' only for root."""
-    now = time.time()
+    now, until = time.time(), time.monotonic() + _LOOKING
     services, templates, workers = [], [], []
     pockets: dict[str, dict[str, Any]] = {}
     for service in daemon.services.values():
@@ -42,7 +45,7 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
             state = "stale" if t.stale else "ready" if t.ready else "loading"
             row = {"service": d.name, "number": t.number, "kind": t.kind, "models": list(t.models), "state": state}
             templates.append(
-                {**row, "generation": g.number, "pid": t.pid, "age": _age(now, t.started), **usage(t.leaf)}
+                {**row, "generation": g.number, "pid": t.pid, "age": _age(now, t.started), **usage(t.leaf, until)}
             )
         for g, s in service.sessions():
             if peer.uid not in (0, s.note.get("uid")):
@@ -50,7 +53,7 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
             row = {"session": s.id, "pocket": s.pocket, "service": d.name, "mode": s.note.get("mode")}
             row.update(pid=s.pid, state="running" if s.pid else "starting", age=_age(now, s.started))
             row.update(directory=s.note.get("directory"))
-            row.update(generation=g.number, **usage(s.leaf))
+            row.update(generation=g.number, **usage(s.leaf, until))
             workers.append(row)
             pockets[s.pocket] = _pocket(service, g, s)
     for name, definition in daemon.config.pockets.items():
@@ -101,8 +104,9 @@ def _last(daemon: Daemon, pocket: str) -> dict[str, Any] | None:
     return max(found, key=lambda ending: ending["at"], default=None)
 
 
-def usage(leaf: Cgroup | None) -> dict[str, Any]:
-    """Of all processes in a leaf: private, shared and proportional memory, what is charged to the leaf, cpu time.
+def usage(leaf: Cgroup | None, until: float = math.inf) -> dict[str, Any]:
+    """Of all processes in a leaf: private, shared and proportional memory, what is charged to the leaf, cpu time. Of
+    those processes that could be looked at `until` then (time.monotonic()): pockets may make it take long.
 
     `charged` is None where the host's cgroup2 lacks the memory controller.
     """
@@ -112,12 +116,15 @@ def usage(leaf: Cgroup | None) -> dict[str, Any]:
     try:
         stats = leaf.stats()
         row.update(charged=stats.memory_current, cpu=stats.cpu_usec / 1e6)
-        for pid in leaf.processes():
+        pids = leaf.processes()
+        row["processes"] = len(pids)
+        for pid in pids:
+            if time.monotonic() > until:
+                break
             m = processes.memory(pid)
             row["private"] += m.private
             row["shared"] = max(row["shared"], m.shared)
             row["proportional"] += m.proportional
-            row["processes"] += 1
     except (OSError, processes.Gone):
         pass  # it ended while we looked
     return row

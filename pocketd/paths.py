@@ -31,7 +31,7 @@ _EXCEPT = (
     "/var/www",
 )
 # Where a worker has its own, so that nothing can be mounted there.
-_KERNEL = ("/proc", "/sys", "/dev")
+_OWN = ("/proc", "/sys", "/dev", "/run/pocketd")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ def parse_mount(text: str) -> Mount:
         if not path.startswith("/") or os.path.normpath(path) != path or path.startswith("//") or "\0" in path:
             raise ValueError(f"has {path!r}, which is not an absolute path without '.' and '..'; {right}")
     for path in (source, target):
-        if path == "/" or any(_beneath(path, top) for top in _KERNEL):
+        if path == "/" or any(_beneath(path, top) for top in _OWN):
             raise ValueError(f"has {path!r}, which cannot be mounted in a pocket; name a file or a directory of yours")
+    if any(_beneath(top, target) for top in _OWN):
+        raise ValueError(f"would cover {target!r}, in which a pocket has what is its own; name a place beneath it")
     if writable and (refusal := refuse_directory(source)):
         raise ValueError(f"would let the pocket write to {source!r}, which {refusal}")
     return Mount(Path(source), Path(target), writable)

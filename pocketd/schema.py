@@ -23,6 +23,7 @@ from pocketd.definitions import Admission, Allow, ModelFactory, ModelFile, Pocke
 from pocketd.paths import Mount, parse_mount, refuse_directory
 
 T = TypeVar("T")
+_TOLD = 20  # problems of one kind that are told one by one: a table may be its author's, who is not trusted
 D = TypeVar("D")
 
 # The limits among those named that cannot be enforced on this host, with reasons: Hierarchy.refusals.
@@ -122,11 +123,13 @@ class Reader:
         return MappingProxyType(read)  # type: ignore[arg-type]
 
     def finish(self) -> None:
-        for key in self._table:
-            if key not in self._taken:
-                near = difflib.get_close_matches(key, self._taken, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"keys here are {', '.join(sorted(self._taken))}"
-                self.fail(key, f"is not a key that is known here; {hint}")
+        unknown = [key for key in self._table if key not in self._taken]
+        if len(unknown) > _TOLD:
+            self.fail(unknown[_TOLD], f"is one of {len(unknown) - _TOLD} more keys that are not known here")
+        for key in unknown[:_TOLD]:
+            near = difflib.get_close_matches(key, self._taken, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"keys here are {', '.join(sorted(self._taken))}"
+            self.fail(key, f"is not a key that is known here; {hint}")
 
 
 # Values
@@ -177,6 +180,8 @@ def several(parse: Callable[[object], T], example: str) -> Callable[[object], tu
                 parsed.append(parse(member))
             except ValueError as e:
                 wrong.append(f"{show(member)} {e}")
+        if len(wrong) > _TOLD:
+            wrong[_TOLD:] = [f"and {len(wrong) - _TOLD} more"]
         if wrong:
             raise Invalid("; ".join(wrong))
         return tuple(parsed)

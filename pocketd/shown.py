@@ -74,13 +74,18 @@ def defined_files(
     shown = _Shown(identities, uid, stack)
     fd = _open(definition.dir, os.O_PATH | os.O_DIRECTORY)
     stack.callback(os.close, fd)
-    top = os.readlink(f"/proc/self/fd/{fd}")
+    top, owner = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_uid
     shown.add(trees.make(fd, writable=False), str(definition.dir), False, "/pocket")
     for name in definition.allow.write:
         path = permissions.writable(fd, name)
         stack.callback(os.close, path)
         name = os.path.relpath(os.readlink(f"/proc/self/fd/{path}"), top)  # where links beneath it lead
-        shown.add(trees.make(path, writable=True), f"{definition.dir}/{name}", True, f"/pocket/{name}")
+        tree = trees.make(path, writable=True)
+        if uid is not None and tree.uid not in (uid, owner):
+            os.close(tree.fd)
+            text = f"{name} in {definition.dir} does not belong to that directory's owner, so it is not the pocket's"
+            raise Error("directory", f"{text} to write; change its owner")
+        shown.add(tree, f"{definition.dir}/{name}", True, f"/pocket/{name}")
     for m in definition.mounts:
         source = _open(m.source, os.O_PATH)
         stack.callback(os.close, source)

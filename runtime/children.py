@@ -108,6 +108,14 @@ def cgroup_of(pid: int) -> Optional[str]:
         return None
 
 
+def is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return f.read().rpartition(b")")[2].split()[:1] == [b"T"]
+    except OSError:
+        return False
+
+
 def by_default(pid: int, number: int) -> bool:
     """Whether the process neither handles nor ignores a signal (proc_pid_status(5), SigCgt and SigIgn)."""
     try:

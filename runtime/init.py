@@ -27,7 +27,7 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import log, oom
-from runtime.children import NEVER, Session, Template, by_default, cgroup_of, output_pipe, start_template
+from runtime.children import NEVER, Session, Template, by_default, cgroup_of, is_stopped, output_pipe, start_template
 from runtime.holding import Holding
 from runtime.slots import Slots
 
@@ -97,18 +97,24 @@ class Init(Holding, Slots):
                         handler()
                     except Exception:
                         self.blame(fd)
-            self.expire()
+            try:
+                self.expire()
+            except Exception:
+                self.log.write("init", traceback.format_exc().encode())
 
     def blame(self, fd: int) -> None:
         """A fault of ours in hearing somebody: it costs that one what it has here, and nobody else anything."""
         self.log.write("init", traceback.format_exc().encode())
         for s in list(self.sessions.values()):
             if fd in (s.hold.fileno() if s.hold else -1, s.events, s.output):
-                self.unwatch(fd)
-                self.kill(s)
+                with suppress(Exception):
+                    self.unwatch(fd)
+                with suppress(Exception):
+                    self.kill(s)
         for t in list(self.templates.values()):
             if fd in (t.talk.fileno(), t.stderr):
-                self.lose(t)
+                with suppress(Exception):
+                    self.lose(t)
         if self.daemon and fd == self.daemon.fileno():
             self.forget_daemon()  # it connects anew
 
@@ -491,8 +497,9 @@ class Init(Holding, Slots):
         head = {"op": "session-born", "session": s.id} if s.request is None else {"id": s.request, "ok": True}
         self.tell({**head, "pid": pid}, [pidfd] if pidfd >= 0 else [])
         s.request = None
-        if pid in self.unclaimed:  # it ended, or stopped itself, before its template could say that it was born
-            self.changed(s, self.unclaimed.pop(pid))
+        status = self.unclaimed.pop(pid, None)  # it ended, or stopped itself, before its template said that it was born
+        if status is not None and (readable(pidfd) if not os.WIFSTOPPED(status) else is_stopped(pid)):
+            self.changed(s, status)  # and it was no other's, that had its pid before
         if s.pause:
             self.make_spare()
 

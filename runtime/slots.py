@@ -86,6 +86,8 @@ class Slots:
         try:
             if not s or not s.pid or s.status is not None or s.hold:
                 raise Error("held", "that slot is gone")
+            if message["session"] in self.sessions:
+                raise Error("bad-request", "there is a session of that name")
             hold = self.hold_of(hold_fd)
         except Error:
             os.close(hold_fd)

@@ -15,6 +15,7 @@ import socket
 from typing import Any, List, NoReturn, Optional, Sequence, Tuple
 
 from nsutil import clone, memory, mounts, namespaces, privileges, processes
+from nsutil.beneath import open_as_named
 from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -157,16 +158,16 @@ def lay_over(message: Message, sock: socket.socket) -> List[int]:
         for number in range(LAYERS):
             for n, place in enumerate(places):
                 if not number:
-                    shown.append(os.open(place["target"], os.O_PATH | os.O_CLOEXEC))
+                    shown.append(open_as_named(place["target"], os.O_PATH))
                 scratch = f"{EMPTY}/{number}-{n}"
                 os.mkdir(scratch)
                 mounts.overlay(place["target"], shown[n], scratch)
-                layers.append(os.open(place["target"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                layers.append(open_as_named(place["target"], os.O_PATH | os.O_DIRECTORY))
                 if place.get("alias"):
-                    copy = mounts.open_tree(place["target"])
-                    mounts.attach(copy, place["alias"])
+                    copy = mounts.open_tree("", at=layers[-1])
+                    mounts.attach_as_named(copy, place["alias"])
                     os.close(copy)
-                    layers.append(os.open(place["alias"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                    layers.append(open_as_named(place["alias"], os.O_PATH | os.O_DIRECTORY))
         mounts.unmount(EMPTY)
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=message["self"])
     wire.send(sock, {"op": "layers", "count": LAYERS if places else 0}, [namespace, *layers])

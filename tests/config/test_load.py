@@ -411,3 +411,13 @@ def test_loading_leaves_no_descriptor_open(load, author):
     path.mkdir()
     load(POCKET)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_of_many_mistakes_the_first_are_told(load):
+    """A table may be its author's: thousands of keys are no work for pocketd, and no text that others wait for."""
+    keys = "\n".join(f"abc{n} = 1" for n in range(5000))
+    may = ", ".join(f'"a b{n}"' for n in range(5000))
+    found = load(f"{POCKET}{keys}\nmay_run = [{may}]")
+    assert "is one of 4980 more keys that are not known here" in told(found)
+    assert "and 4980 more" in told(found)
+    assert len(told(found)) < 20000
