@@ -288,13 +288,13 @@ def test_a_defined_place_that_has_become_a_link_is_not_followed(own_pocketd, tmp
     assert daemon.pocket("app").stdout == "b/app a/data\n"
 
 
-def test_what_is_not_the_directorys_owners_is_not_shown_to_be_written(own_pocketd, tmp_path):
+def test_what_is_not_the_directorys_owners_is_not_shown_to_be_written(own_pocketd, elsewhere):
     """Its owner may rename what others have in it to a name that the definition lets the pocket write."""
-    app = tmp_path / "app"
+    app = elsewhere / "app"
     (app / "out").mkdir(parents=True)
     (app / "kept").write_text("of another")
-    (app / "app.py").write_text("open('out/new', 'w').write('x'); print('written')")
-    tmp_path.chmod(0o755)
+    (app / "app.py").write_text("open('/pocket/out/new', 'w').write('x'); print('written')")
+    elsewhere.chmod(0o755)
     for path, uid in ((app, 61001), (app / "out", 61001), (app / "app.py", 61001), (app / "kept", 61002)):
         os.chown(path, uid, uid)
     (app / "kept").chmod(0o600)
@@ -312,6 +312,6 @@ def test_what_is_not_the_directorys_owners_is_not_shown_to_be_written(own_pocket
     assert daemon.pocket("app").stdout == "written\n"
     (app / "out").rename(app / "aside")
     (app / "kept").rename(app / "out")
-    (app / "app.py").write_text("print(open('out').read())")
+    (app / "app.py").write_text("print(open('/pocket/out').read())")
     done = daemon.pocket("app", check=False)
     assert done.returncode == 125 and "does not belong to that directory's owner" in done.stderr, done
