@@ -310,7 +310,7 @@ class Connection:
         text = f"{type(e).__name__}: {e}"
         events.emit("fault", "error" if code == "internal" else "notice", operation=str(op)[:40], why=text)
         if self.peer.uid:
-            said = e.strerror if isinstance(e, OSError) else None
+            said = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else None  # ours may name a path
             text = f"{type(e).__name__}{f': {said}' if said else ''}; pocketd's journal has more of it"
         return Error(code, text)
 

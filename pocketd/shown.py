@@ -10,7 +10,7 @@ from typing import Any
 
 from nsutil import processes
 from nsutil.beneath import open_as_named
-from pocketd import paths, permissions, trees, wire
+from pocketd import events, paths, permissions, trees, wire
 from pocketd.definitions import Pocket
 from pocketd.identities import Identities
 from pocketd.wire import Error, Message
@@ -98,8 +98,13 @@ def _open(path: os.PathLike[str], flags: int) -> int:
     try:
         return open_as_named(path, flags)
     except OSError as e:
-        what = "leads through a symbolic link by now" if e.errno == errno.ELOOP else f"cannot be shown: {e.strerror}"
-        raise Error("directory", f"{path} {what}; mend it, or the pocket's definition, and: pocket reload") from None
+        if e.errno != errno.ELOOP:
+            raise
+        events.emit("link-not-followed", "warning", path=os.fspath(path), hint="mend it, or the definition, and reload")
+        text = (
+            "what its definition names is behind a symbolic link by now, which is not followed; pocketd's log names it"
+        )
+        raise Error("directory", text) from None
 
 
 def _refuse(directory: str) -> None:

@@ -282,7 +282,7 @@ def test_a_defined_place_that_has_become_a_link_is_not_followed(own_pocketd, tmp
     place.rename(tmp_path / "aside")
     place.symlink_to(other if what in ("a", "b") else other / place.name)
     done = daemon.pocket("app", check=False)
-    assert done.returncode == 125 and "symbolic link by now" in done.stderr, done
+    assert done.returncode == 125 and "behind a symbolic link by now" in done.stderr, done
     place.unlink()
     (tmp_path / "aside").rename(place)
     assert daemon.pocket("app").stdout == "b/app a/data\n"

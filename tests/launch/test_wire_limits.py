@@ -241,7 +241,7 @@ def test_a_request_that_lasts_keeps_no_descriptors(daemon: Pocketd, tmp_path: Pa
         with open("/dev/null") as null:
             wire.send(s, {"op": "stop", "id": 1, "name": mine.id, "timeout": 1}, [null.fileno()] * 30)
         assert served()  # so that one was read before
-        assert descriptors(daemon.process.pid) <= before + 2
+        assert wait_for(lambda: descriptors(daemon.process.pid) <= before + 2, 30)
         assert wire.receive(s)[0]["stopped"] == 1
 
 
