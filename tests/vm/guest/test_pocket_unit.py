@@ -216,6 +216,7 @@ def test_memory_max_of_the_unit_ends_it_as_oom_kill(pocket):
     assert cgroup_is_gone(unit)
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_unit_is_named(pocket):
     """OOMPolicy=continue: systemd leaves it to the command to end, which then has its say in any case."""
     unit = pocket("detect", "MemoryMax=100M", "Restart=no", "OOMPolicy=continue", do="eat", wait="", check=False)
@@ -224,6 +225,7 @@ def test_the_limit_of_the_unit_is_named(pocket):
     assert f"pocket detect was ended by the memory.max of 100.0M of {place} (peak 100.0M)" in journal(unit)
 
 
+@pytest.mark.slow
 def test_cpu_quota_of_the_unit_holds(pocket):
     unit = pocket("detect", "CPUQuota=20%", do="burn")
     (share,) = re.findall(r"^share ([0-9.]+)$", journal(unit), re.MULTILINE)
@@ -255,6 +257,7 @@ def test_limits_of_both_stand_one_within_the_other(pocket):
     assert session["holds"]["memory.max"] == {"value": str(100 << 20), "cgroup": own}
 
 
+@pytest.mark.slow
 def test_it_restarts_with_limits_of_both(pocket):
     """systemd starts a unit in its own cgroup, which fails (219/CGROUP) where one below it has controllers still."""
     unit = pocket("limited", "MemoryMax=200M")
@@ -276,6 +279,7 @@ def test_it_restarts_with_limits_of_both(pocket):
     assert "219" not in journal(unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("unit_limit", "said"),
     [("80M", "the memory.max of 80.0M of /system.slice/"), ("200M", "its memory.max of 100.0M (peak 100.0M)")],
@@ -289,6 +293,7 @@ def test_the_smaller_of_both_holds_and_is_named(pocket, unit_limit, said):
     assert cgroup_is_gone(unit)
 
 
+@pytest.mark.slow
 def test_without_delegation_the_unit_says_what_to_write(pocket):
     unit = pocket("limited", "Delegate=no", "Restart=no", wait="", check=False)
     assert ended(unit) == ("failed", "exit-code", "125")
@@ -309,12 +314,14 @@ def test_ready_and_status_with_limits_of_both(pocket):
     assert show(unit, "StatusText") == "watching the door"
 
 
+@pytest.mark.slow
 def test_an_app_that_never_says_ready_does_not_start(pocket):
     unit = pocket("detect", "Type=notify", "TimeoutStartSec=20", "Restart=no", wait="", check=False)
     assert ended(unit)[:2] == ("failed", "timeout")
     assert "waiting" in journal(unit)
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_is_not_fed_ends_the_app(pocket):
     unit = pocket("detect", "Type=notify", "WatchdogSec=8", "Restart=no", do="ready watched")
     assert "watchdog True" in journal(unit)
@@ -365,6 +372,7 @@ def test_it_goes_on_without_pocketd_and_starts_when_pocketd_does(pocket):
     assert show("pocketd.service", "ActiveState") == "active"
 
 
+@pytest.mark.slow
 def test_it_starts_while_pocketd_restarts(pocket):
     unit = pocket("detect", "Restart=no")
     systemctl("stop", unit)

@@ -206,6 +206,7 @@ def test_a_watchdog_that_runs_out(work):
     survives(work, happens)
 
 
+@pytest.mark.slow
 def test_a_crash_loop(work):
     """It fails at start again and again, until systemd gives up; then the operator mends it."""
 

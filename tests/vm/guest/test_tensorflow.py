@@ -44,6 +44,7 @@ def pockets(installed):
     configure("tensorflow", "")
 
 
+@pytest.mark.slow
 def test_a_computation_fits_and_a_tensor_that_is_too_large_ends_its_pocket_alone():
     with login("small-tf", timeout=TIMEOUT) as other:
         assert other.call("app:multiply", 64) == 64.0**3
