@@ -138,6 +138,7 @@ def fork_worker(
     trace.mark("the template has the request")
     leaf, pause, session, orders = fds.take(), fds.take(), fds.take(), fds.take()
     handed = fds.rest()
+    refused = None
     try:
         flags = _FLAGS if message["host_network"] else _FLAGS | namespaces.CLONE_NEWNET
         child = clone.live_fork(
@@ -151,12 +152,13 @@ def fork_worker(
             finally:
                 os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
     except OSError as e:
-        error = Error("fork", f"the template could not fork: {e}")
-        template.say({"op": "refused", "launch": message["launch"], "error": error.wire()})
+        refused = Error("fork", f"the template could not fork: {e}")
+    # Closed before anything is said: until then others keep the caller's sockets open; the last to close may wait.
+    for fd in (leaf, pause, session, orders, *handed):
+        os.close(fd)
+    if refused is not None:
+        template.say({"op": "refused", "launch": message["launch"], "error": refused.wire()})
         return
-    finally:
-        for fd in (leaf, pause, session, orders, *handed):
-            os.close(fd)
     template.say({"op": "forked", "launch": message["launch"], "pid": child.pid}, [child.pidfd])
     os.close(child.pidfd)
 
