@@ -138,7 +138,7 @@ def fork_worker(
     trace.mark("the template has the request")
     leaf, pause, session, orders = fds.take(), fds.take(), fds.take(), fds.take()
     handed = fds.rest()
-    refused = None
+    child, refused = None, ""
     try:
         flags = _FLAGS if message["host_network"] else _FLAGS | namespaces.CLONE_NEWNET
         child = clone.live_fork(
@@ -152,12 +152,12 @@ def fork_worker(
             finally:
                 os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
     except OSError as e:
-        refused = Error("fork", f"the template could not fork: {e}")
+        refused = f"the template could not fork: {e}"
     # Closed before anything is said: until then others keep the caller's sockets open; the last to close may wait.
     for fd in (leaf, pause, session, orders, *handed):
         os.close(fd)
-    if refused is not None:
-        template.say({"op": "refused", "launch": message["launch"], "error": refused.wire()})
+    if child is None:
+        template.say({"op": "refused", "launch": message["launch"], "error": Error("fork", refused).wire()})
         return
     template.say({"op": "forked", "launch": message["launch"], "pid": child.pid}, [child.pidfd])
     os.close(child.pidfd)

@@ -44,14 +44,11 @@ def serves(pocketd: Pocketd, tmp_path: Path) -> Any:
         yield check
 
 
-@pytest.mark.parametrize("number", [1 << 40, 1 << 80, -1, 0, 65, 1000, -(1 << 40)])
+@pytest.mark.parametrize("number", [1 << 40, (1 << 64) - 1, -1, 0, 65, 1000, -(1 << 40)])
 @pytest.mark.parametrize("group", [False, True])
 def test_a_signal_that_there_is_not(pocketd: Pocketd, tmp_path: Path, serves: Any, number: int, group: bool) -> None:
     with program(pocketd, tmp_path) as session:
-        try:
-            wire.send(session.hold, {"op": "signal", "signal": number, "group": group})
-        except OverflowError:
-            pytest.skip("msgpack has no such number")
+        wire.send(session.hold, {"op": "signal", "signal": number, "group": group})
         wire.send(session.hold, {"op": "signal", "signal": signal.SIGCONT, "group": group})
         assert serves()
 
