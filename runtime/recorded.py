@@ -86,6 +86,9 @@ class Recorder:
     def end_rehearsal(self) -> None:
         global _rehearsing
         _rehearsing = None
+        self._undo_all()
+
+    def _undo_all(self) -> None:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -93,9 +96,7 @@ class Recorder:
     def end(self) -> None:
         global _active
         _active = None
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._undo_all()
         self._plain_arguments()
         self._forget_generated()
         self._libraries()
