@@ -498,7 +498,7 @@ class Init(Holding, Slots):
         self.tell({**head, "pid": pid}, [pidfd] if pidfd >= 0 else [])
         s.request = None
         status = self.unclaimed.pop(pid, None)  # it ended, or stopped itself, before its template said that it was born
-        if status is not None and (readable(pidfd) if not os.WIFSTOPPED(status) else is_stopped(pid)):
+        if status is not None and (is_stopped(pid) if os.WIFSTOPPED(status) else pidfd >= 0 and readable(pidfd)):
             self.changed(s, status)  # and it was no other's, that had its pid before
         if s.pause:
             self.make_spare()
@@ -728,26 +728,23 @@ def marked(message: Message, done: str) -> Any:
 def hold_socket(fd: int) -> socket.socket:
     """The socket that `fd` is, which it takes over. Raises Error, `fd` still the caller's, where it is another kind's:
     such may be readable for ever and never read (ip(7), IP_RECVERR), and this loop would serve nobody else."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        raise Error("bad-request", "the hold socket is no socket") from None
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-        sock.detach()
-        raise Error("bad-request", "the hold socket is not a unix socket of type SOCK_SEQPACKET")
-    return sock
+    return _seqpacket(fd, "hold")
 
 
 def check_socket(fd: int) -> None:
     """Raise Error unless `fd`, a session's, is a socket as a worker wants it."""
+    _seqpacket(fd, "session").detach()
+
+
+def _seqpacket(fd: int, role: str) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
-        raise Error("bad-request", "the session's descriptor is no socket") from None
-    kind = sock.family, sock.type
-    sock.detach()
-    if kind != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-        raise Error("bad-request", "the session's is not a unix socket of type SOCK_SEQPACKET")
+        raise Error("bad-request", f"the {role} socket is no socket") from None
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        sock.detach()
+        raise Error("bad-request", f"the {role} socket is not a unix socket of type SOCK_SEQPACKET")
+    return sock
 
 
 def let_go(hold: socket.socket, trusted: bool) -> None:
