@@ -1,6 +1,6 @@
 """Structured logs: one line an event, `event key=value ...`, with a priority that journald understands.
 
-Under systemd (JOURNAL_STREAM is set) each line starts with `<N>`, sd-daemon(3), which the journal takes off.
+Where standard error is the journal's each line starts with `<N>`, sd-daemon(3), which the journal takes off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ import os
 import sys
 import time
 
-_PREFIXED = "JOURNAL_STREAM" in os.environ
+
+def _to_the_journal() -> bool:
+    """Whether standard error is what JOURNAL_STREAM names, as device and inode: a process that systemd's started may
+    have another one (systemd.exec(5))."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+_PREFIXED = _to_the_journal()
 _PRIORITY = {"debug": 7, "info": 6, "notice": 5, "warning": 4, "error": 3}
 
 
