@@ -70,9 +70,10 @@ def one_processor() -> Iterator[int]:
 class Service:
     """A service that is on, as its cgroups and `ps` show it."""
 
-    def __init__(self, runtime_dir: Path, name: str, scope: Path, daemon: int):
+    def __init__(self, runtime_dir: Path, name: str, runtime: str, scope: Path, daemon: int):
         self.runtime_dir = str(runtime_dir)
         self.name = name
+        self.runtime = runtime
         self.scope = scope / "service"  # limits and processes are there; SCOPE itself is its manager's
         self.daemon = daemon
 

@@ -105,8 +105,11 @@ def many_launches(run: Run) -> None:
     with undisturbed(), service_with(run.work, runtime="python") as service:
         made = many.launches(service, run.few(200, 10_000))
         run.found.update(zip(("many", "many-cpu", "many-memory"), made, strict=True))
-        made = many.idle(service, run.few(20, 200), run.few(2, 10))
+        made = many.idle(service, run.few(20, 1000), run.few(2, 10))
         run.found.update(zip(("idle", "idle-cpu"), made, strict=True))
+    with service_with(run.work, runtime="python") as service:  # not before others: their processes take turns
+        made = many.busy(service, run.few(20, 200), run.few(2, 20))
+        run.found.update(zip(("busy-share", "busy-launch"), made, strict=True))
 
 
 # -- beside its peers

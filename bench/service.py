@@ -28,7 +28,7 @@ def service_with(
     with own.OwnPocketd(work, path) as pocketd:
         pocketd.turn_on(SERVICE)
         scope = own.cgroup2() / pocketd.cgroup / f"pocketd-{SERVICE}.scope"
-        yield Service(pocketd.runtime, SERVICE, scope, pocketd.pid)
+        yield Service(pocketd.runtime, SERVICE, runtime, scope, pocketd.pid)
 
 
 def say(words: str) -> None:

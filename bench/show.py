@@ -31,10 +31,7 @@ def ratio(value: float) -> str:
 def text(results: dict[str, Any]) -> str:
     lines = []
     for measure in results["measures"].values():
-        table = [[measure["title"], "median", "p99", "count"], *rows(measure)]
-        widths = [max(len(row[column]) for row in table) for column in range(4)]
-        lines += ["", *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)]
-        lines += [f"  {words}" for words in said(measure, "")]
+        lines += ["", measured(measure)]
     lines += ["", *(bar_line(bar) for bar in results["bars"])]
     lines += [
         "",
@@ -43,6 +40,13 @@ def text(results: dict[str, Any]) -> str:
     ]
     lines += [f"Not there: {name}: {why}" for name, why in results["missing"].items()]
     return "\n".join(lines)
+
+
+def measured(measure: dict[str, Any]) -> str:
+    table = [[measure["title"], "median", "p99", "count"], *rows(measure)]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    return "\n".join([*lines, *(f"  {words}" for words in said(measure, ""))])
 
 
 def said(measure: dict[str, Any], mark: str) -> list[str]:

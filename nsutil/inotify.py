@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nsutil.syscalls import libc
 
@@ -14,9 +15,16 @@ IN_MODIFY, IN_ATTRIB, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 0x2, 0x
 IN_DELETE_SELF, IN_MOVE_SELF = 0x400, 0x800
 IN_Q_OVERFLOW, IN_IGNORED = 0x4000, 0x8000
 _PARTS = 8  # reads of one turn: about what a queue holds (fs.inotify.max_queued_events)
-IN_ONLYDIR = 0x01000000
+IN_ONLYDIR, IN_MASK_ADD = 0x01000000, 0x20000000
 _EVENT = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, len; then the name
-_CONTENT = IN_MODIFY | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
+_SELF = IN_DELETE_SELF | IN_MOVE_SELF
+_NAMES = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | _SELF
+_CONTENT = IN_MODIFY | _NAMES
+
+
+class Change(NamedTuple):
+    path: str
+    replaced: bool  # another file, or none, has that name now
 
 
 class Inotify:
@@ -29,10 +37,12 @@ class Inotify:
         self._fd = fd
         self._watched: dict[int, str] = {}
 
-    def add(self, directory: str) -> None:
-        """Watch the names in a directory and what is written to them. Raises OSError: ENOSPC when the user's watches
-        (fs.inotify.max_user_watches) are used up, FileNotFoundError, NotADirectoryError."""
-        watch = libc.inotify_add_watch(self._fd, os.fsencode(directory), _CONTENT | IN_ONLYDIR)
+    def add(self, directory: str, content: bool = True) -> None:
+        """Watch the names in a directory and what is written to them; without `content`, whether this file or directory
+        itself is moved or removed. Raises OSError: ENOSPC when the user's watches (fs.inotify.max_user_watches) are
+        used up, FileNotFoundError, NotADirectoryError."""
+        mask = IN_MASK_ADD | (_CONTENT | IN_ONLYDIR if content else _SELF)
+        watch = libc.inotify_add_watch(self._fd, os.fsencode(directory), mask)
         if watch < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"inotify_add_watch {directory}: {os.strerror(number)}")
@@ -49,7 +59,7 @@ class Inotify:
     def fileno(self) -> int:
         return self._fd
 
-    def names(self) -> list[str]:
+    def changes(self) -> list[Change]:
         """The paths that something has happened to, by the directories as they were added; "" where some were lost, or
         are left for the next time: whoever makes them may go on without end."""
         found = []
@@ -61,13 +71,14 @@ class Inotify:
                 at += _EVENT.size + size
                 directory = self._watched.get(watch)
                 if mask & IN_Q_OVERFLOW:
-                    found.append("")
-                elif directory is not None:
-                    found.append(os.path.join(directory, os.fsdecode(name)) if name else directory)
+                    found.append(Change("", True))
+                elif directory is not None and mask & _CONTENT:
+                    path = os.path.join(directory, os.fsdecode(name)) if name else directory
+                    found.append(Change(path, bool(mask & _NAMES)))
                 if mask & IN_IGNORED:  # removed with its directory, or by `remove`
                     self._watched.pop(watch, None)
             if number == _PARTS:
-                found.append("")
+                found.append(Change("", True))
         return found
 
     def _parts(self) -> Iterator[bytes]:

@@ -10,9 +10,10 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from nsutil.inotify import Inotify
+from nsutil.inotify import Change, Inotify
 from pocketd import events
 
 _MOST = 4096  # directories of one watch
@@ -23,7 +24,8 @@ _ENTRIES = 1 << 17  # that are looked at to find them: the directories are other
 class Watch:
     """What is watched together. `changed(path)` is called when something changes, `quiet()` when it is over.
 
-    `tops`: files and directories; `apart`: directories in them that do not count.
+    `tops`: files and directories; `apart`: those in them, or elsewhere, of which only counts that another file, or none,
+    has their name: what was shown of them is not what is there then.
     """
 
     name: str
@@ -35,8 +37,11 @@ class Watch:
     directories: set[str] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None
 
-    def counts(self, path: str) -> bool:
+    def counts(self, change: Change) -> bool:
         """A lost event ("") counts as one. Bytecode says no more than its sources: whoever runs a program writes it."""
+        path = change.path
+        if path in self.apart:
+            return change.replaced
         if "/__pycache__" in path:
             return False
         ours = not path or any(_within(path, top) for top in self.tops)
@@ -96,6 +101,10 @@ class Files:
                 if directory not in watch.directories:
                     self._inotify.add(directory)
                     watch.directories.add(directory)
+            for path in watch.apart - watch.directories:
+                with suppress(FileNotFoundError):
+                    self._inotify.add(path, content=False)
+                    watch.directories.add(path)
         except (FileNotFoundError, NotADirectoryError):
             pass  # gone since
         except OSError as e:
@@ -107,14 +116,14 @@ class Files:
 
     def look(self) -> None:
         """Act on what has happened until now."""
-        names = self._inotify.names() if self._inotify else []
-        if not names:
+        changes = self._inotify.changes() if self._inotify else []
+        if not changes:
             return
         for watch in list(self._watches):
-            path = next((name for name in names if watch.counts(name)), None)
-            if path is None:
+            change = next((change for change in changes if watch.counts(change)), None)
+            if change is None:
                 continue
-            watch.changed(path or watch.tops[0])
+            watch.changed(change.path or next(iter((*watch.tops, *watch.apart))))
             watch.directories = {d for d in watch.directories if self._inotify and self._inotify.watches(d)}
             if watch.timer:
                 watch.timer.cancel()

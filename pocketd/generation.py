@@ -25,6 +25,7 @@ from cgroup.node import Cgroup
 from nsutil import messages, processes
 from nsutil.messages import Fds
 from pocketd import containers, events, weights
+from pocketd.changes import Changes
 from pocketd.definitions import ModelFactory, ModelFile, Service
 from pocketd.held import Held
 from pocketd.link import Link
@@ -80,6 +81,7 @@ class Generation:
         self.templates = Templates(self)
         self.held = Held(self)
         self.slots = Slots(self)
+        self.changes = Changes(self)
         self.promises = Promises(host.scopes, self.scope_name)
         self.sessions: dict[str, Session] = {}
         self.endings: dict[str, Message] = {}  # the last one that a limit was the reason of, by pocket
@@ -335,6 +337,7 @@ class Generation:
             self.templates.close()
             self.held.close()
             self.slots.close()
+            self.changes.close()
             await self.host.scopes.end(self.scope_name, tree, patience)
         self.sessions.clear()
         shutil.rmtree(self.place, ignore_errors=True)

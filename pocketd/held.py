@@ -19,7 +19,6 @@ from cgroup.node import Cgroup
 from nsutil import mounts, processes
 from pocketd import events, filters, orders, shown, warming
 from pocketd.definitions import Pocket
-from pocketd.files import Watch
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 NUMBERS = 1 << 20  # above those of the service's own templates
 HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
-QUIET = 2.0  # seconds without a change of the pocket's files before it is held again
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 BACKOFF = 10.0  # seconds before a template that died is made again
 
@@ -95,8 +93,6 @@ class Held:
         self.cool_until: dict[str, float] = {}
         self._changing: set[str] = set()  # held until their files changed; held again when those are quiet
         self._making: dict[str, asyncio.Task[Holder]] = {}
-        self._watches: dict[str, Watch] = {}
-        self._daemon: Daemon | None = None
         self._last = NUMBERS
 
     def __iter__(self) -> Iterator[Holder]:
@@ -189,7 +185,7 @@ class Held:
 
     async def _make(self, daemon: Daemon, definition: Pocket, progress: Progress) -> Holder:
         """Held and rehearsed; or, where the rehearsal fails, held without, with the reason in `facts`."""
-        self._watch(daemon, definition)
+        self.generation.changes.watch(daemon, definition)
         why = _not_to_rehearse(definition)
         if definition.rehearse is not None and why is None:
             try:
@@ -408,59 +404,40 @@ class Held:
 
     def drop_undefined(self, daemon: Daemon) -> None:
         """Give up what is held of pockets that have no definition any more."""
-        slots = self.generation.slots
-        for name in {h.pocket for h in self} | {s.pocket for s in slots.by_id.values()} | set(self._watches):
+        slots, changes = self.generation.slots, self.generation.changes
+        for name in {h.pocket for h in self} | {s.pocket for s in slots.by_id.values()} | changes.names():
             if name not in daemon.config.pockets:
                 slots.give_way(name)
                 self.cool(name)
-                watch = self._watches.pop(name, None)
-                if watch:
-                    daemon.files.forget(watch)
+                changes.forget(name)
 
     def forget_failure(self, pocket: str) -> None:
         self.failed.pop(pocket, None)
         self.cool_until.pop(pocket, None)
 
     def close(self) -> None:
-        for watch in self._watches.values():
-            if self._daemon:
-                self._daemon.files.forget(watch)
-        self._watches.clear()
         for holder in self:
             holder.close()
         self.by_number.clear()
         self.current.clear()
 
-    # -- changes
+    # -- changes of its pocket's files (pocketd.changes)
 
-    def _watch(self, daemon: Daemon, definition: Pocket) -> None:
-        """Watch the pocket's files: those that its definition shows it, but for what it may write itself."""
-        self._daemon = daemon
-        old = self._watches.pop(definition.name, None)
-        if old:
-            daemon.files.forget(old)
-        tops = [str(definition.dir), *(str(m.source) for m in definition.mounts if not m.writable)]
-        apart = [os.path.join(definition.dir, name) for name in definition.allow.write]
-        name = definition.name
+    def changed(self, pocket: str, path: str) -> None:
+        holder, making = self.current.get(pocket), self._making.pop(pocket, None)
+        if self.failed.pop(pocket, None) or holder or making:
+            self._changing.add(pocket)
+        if making:
+            making.cancel()  # it may have read what was there before
+        if holder:
+            self.give_up(holder, f"{path} has changed")
 
-        def changed(path: str) -> None:
-            holder, making = self.current.get(name), self._making.pop(name, None)
-            if self.failed.pop(name, None) or holder or making:
-                self._changing.add(name)
-            if making:
-                making.cancel()  # it may have read what was there before
-            if holder:
-                self.give_up(holder, f"{path} has changed")
-
-        def quiet() -> None:
-            present = daemon.config.pockets.get(name)
-            if name not in self._changing:
-                return  # it was cooled meanwhile, or before
-            self._changing.discard(name)
-            if present and present.is_held and self.generation.running and name not in self.current:
-                self.begin(daemon, present)
-
-        self._watches[name] = daemon.files.watch(name, tops, apart, changed, quiet, QUIET)
+    def quiet(self, daemon: Daemon, definition: Pocket) -> None:
+        if definition.name not in self._changing:
+            return  # it was cooled meanwhile, or before
+        self._changing.discard(definition.name)
+        if definition.is_held and definition.name not in self.current:
+            self.begin(daemon, definition)
 
     # -- after a restart
 

@@ -133,6 +133,8 @@ class Slots:
             self._end(slot)
         while self.generation.running and not self.squeezed:
             there = [s for s in self.by_id.values() if s.pocket == name and not s.gone]
+            if not there and not definition.is_held:
+                self.generation.changes.watch(daemon, definition)
             if len(there) >= definition.warm or daemon.config.pockets.get(name) != definition:
                 return
             try:

@@ -16,37 +16,36 @@ import os
 import select
 import signal
 import socket
-import struct
 import time
 import traceback
 from contextlib import suppress
 from typing import Any, Callable, Dict, Optional
 
-from nsutil import clone, messages, namespaces, processes
+from nsutil import clone, messages, namespaces
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import log, oom
-from runtime.children import NEVER, Session, Template, by_default, cgroup_of, is_stopped, output_pipe, start_template
+from runtime import oom
+from runtime.children import NEVER, Session, Template, by_default, cgroup_of, is_stopped, output_pipe
 from runtime.holding import Holding
+from runtime.log import Log
+from runtime.output import Output
 from runtime.slots import Slots
+from runtime.sockets import check_socket, credentials, hold_socket, let_go, readable
+from runtime.templates import Templates
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 HELD_FORK_TIMEOUT = 3.0  # seconds for a pocket's own: the launch goes another way then
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
-# What workers of one uid may write to the log: bytes in a second, and seconds of these at once. More waits in its pipe.
-LOG_RATE, LOG_BURST = 64 << 10, 4.0
 _REAPED = 64  # children in one turn
-_READ, _PIPE = 4 << 10, 64 << 10  # bytes: in one turn, and what a pipe holds (pipe(7))
-_LAST = 16 << 10, 1 << 10  # bytes of what a worker left in its pipe; where it has written too much already
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
 
-class Init(Holding, Slots):
+class Init(Templates, Holding, Slots, Output):
     def __init__(self, listener: socket.socket, log_fd: int):
         self.listener = listener
-        self.log = log.Log(log_fd)
+        self.log = Log(log_fd)
         self.epoll = select.epoll()
         self.handlers: Dict[int, Callable[[], object]] = {}
         self.daemon: Optional[socket.socket] = None
@@ -179,7 +178,7 @@ class Init(Holding, Slots):
 
     def accept(self) -> None:
         sock, _ = self.listener.accept()
-        _, uid, _ = _credentials(sock)
+        _, uid, _ = credentials(sock)
         if uid != 0:
             sock.close()
             return
@@ -275,137 +274,6 @@ class Init(Holding, Slots):
         for s in self.sessions.values():
             if s.pid and s.status is None:
                 self.signal(s, signal.SIGTERM, False)
-
-    # -- templates
-
-    def on_template(self, message: Message, fds: Fds) -> None:
-        """Make a template: `command` is executed (a root template), or `parent` is forked (a models template)."""
-        self.refuse_when_stopping()
-        number = message["template"]
-        leaf = fds.take()
-        ours, theirs = messages.pair()
-        out, err = output_pipe()
-        t = Template(number, message["kind"], message.get("note", {}), ours, out, message["id"])
-        try:
-            begin = {**message["begin"], "op": "begin", "template": number}
-            if message.get("parent") is not None:
-                parent = self.templates.get(message["parent"])
-                if not parent or not parent.ready:
-                    raise Error("no-template", f"template {message['parent']} is not ready")
-                wire.send(parent.talk, {"op": "template", "template": number}, [leaf, theirs.fileno(), err])
-            else:
-                t.pid = start_template(message.get("command"), message.get("environment", {}), theirs, err, leaf)
-            wire.send(ours, begin)
-        except BaseException:
-            ours.close()
-            os.close(out)
-            raise
-        finally:
-            theirs.close()
-            os.close(err)
-            os.close(leaf)
-        self.templates[number] = t
-        self.watch(ours.fileno(), lambda: self.hear_template(t))
-        self.watch(out, lambda: self.drain(t))
-
-    def drain(self, t: Template) -> bool:
-        """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
-        try:
-            text = os.read(t.stderr, _READ)
-        except BlockingIOError:
-            return False
-        if not text:
-            self.unwatch(t.stderr)
-            return False
-        self.log.write(f"template-{t.number}", text)
-        t.tail = (t.tail + text.splitlines())[-40:]
-        return True
-
-    def hear_template(self, t: Template) -> None:
-        try:
-            message, fds = wire.receive(t.talk, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return  # its number was another's when this was told of
-        except (EOFError, OSError, MessageError):
-            self.lose(t)
-            return
-        with fds:
-            operation = message.get("op")
-            if operation == "progress" and t.request is not None:
-                self.tell({"id": t.request, "progress": message.get("text", "")})
-            elif operation == "ready" and t.ready is None:
-                t.ready = {k: v for k, v in message.items() if k not in ("v", "op")}
-                t.files = fds.take() if len(fds) else -1
-                head = (
-                    {"op": "template-ready", "template": t.number}
-                    if t.request is None
-                    else {"id": t.request, "ok": True}
-                )
-                self.tell({**head, "pid": t.pid, **t.ready}, [t.files] if t.files >= 0 else [])
-                t.request = None
-            elif operation == "failed" and t.ready is None:
-                self.refuse_template(t, message.get("error"))
-            elif operation == "forked" and "template" in message:
-                child = self.templates.get(message["template"])
-                if child:
-                    child.pid = message["pid"]
-            elif operation in ("forked", "refused"):
-                session = self.launching.pop(message.get("launch", 0), None)
-                if isinstance(session, Template):
-                    if operation == "forked":
-                        session.pid = message["pid"]
-                    else:
-                        self.refuse_template(session, message.get("error"))
-                elif session and session.vacant:
-                    self.over(session)
-                elif session and session.id in self.sessions:
-                    if operation == "forked":
-                        self.born(session, message["pid"], fds.take())
-                    else:
-                        self.fail(session, Error.unwire(message.get("error")))
-
-    def refuse_template(self, t: Template, error: Any) -> None:
-        """A template that does not get ready: what it said, and its own standard error."""
-        for _ in range(_PIPE // _READ):
-            if not readable(t.stderr) or not self.drain(t):
-                break
-        e = Error.unwire(error)
-        e.detail["stderr"] = "\n".join(line.decode(errors="replace") for line in t.tail)
-        self.tell({"id": t.request, "error": e.wire()})
-        t.request = None
-
-    def on_retire(self, message: Message, fds: Fds) -> None:
-        """A template is not needed any more: it serves what was asked of it and ends, as at a closed socket."""
-        t = self.templates.get(message["template"])
-        if t and t.kind == "pocket":
-            self.end_held(t)
-        elif t:
-            t.talk.shutdown(socket.SHUT_WR)
-        else:  # one that was never made, or has ended
-            self.tell({"op": "template-ended", "template": message["template"]})
-
-    def on_files(self, message: Message, fds: Fds) -> None:
-        """Which files a template is made of (runtime.imported), asked by a pocketd that was not there when it began."""
-        t = self.templates.get(message["template"])
-        self.tell({"id": message["id"], "ok": True}, [t.files] if t and t.files >= 0 else [])
-
-    def lose(self, t: Template) -> None:
-        """A template has ended. Its workers live on; launches that wait for it fail."""
-        if t.request is not None:
-            self.refuse_template(t, Error("template", "the template ended before it was ready").wire())
-        self.unwatch(t.talk.fileno())
-        t.talk.close()
-        self.unwatch(t.stderr)
-        os.close(t.stderr)
-        if t.files >= 0:
-            os.close(t.files)
-        self.templates.pop(t.number, None)
-        if t.kind == "pocket":
-            self.end_held(t)
-        for s in [s for s in self.sessions.values() if s.template == t.number and not s.pid]:
-            self.fail(s, Error("template", f"template {t.number} ended during the launch"))
-        self.tell({"op": "template-ended", "template": t.number, "kind": t.kind})
-        self.log.write("init", f"template {t.number} ({t.kind}) ended\n".encode())
 
     # -- sessions
 
@@ -555,50 +423,6 @@ class Init(Holding, Slots):
         except (OSError, ValueError):
             pass
 
-    def hear_worker(self, s: Session) -> None:
-        assert s.output is not None
-        s.resting = NEVER
-        self.watch(s.output, lambda: self.drain_worker(s))
-
-    def drain_worker(self, s: Session) -> bool:
-        """Pass on what a worker wrote; a bounded part of it, as all pockets' launches wait meanwhile."""
-        assert s.output is not None
-        try:
-            text = os.read(s.output, _READ)
-        except BlockingIOError:
-            return False
-        if not text:
-            self.unwatch(s.output)
-            return False
-        self.record(s, text)
-        s.resting = self.rested(s)
-        if s.resting < NEVER:
-            self.unwatch(s.output)
-        return True
-
-    def record(self, s: Session, text: bytes) -> None:
-        uid, now = s.note.get("uid", -1), time.monotonic()
-        if uid not in self.said:
-            self.said = {other: until for other, until in self.said.items() if until > now}
-        written = self.log.write(f"pocket {s.note.get('pocket', s.id)}", text)
-        self.said[uid] = max(self.said.get(uid, now), now) + written / LOG_RATE
-
-    def rested(self, s: Session) -> float:
-        """When it may write more; NEVER where it has not written too much."""
-        again = self.said.get(s.note.get("uid", -1), 0.0) - LOG_BURST
-        return again if again > time.monotonic() else NEVER
-
-    def last_words(self, s: Session) -> None:
-        assert s.output is not None
-        left = b""
-        while len(left) < _PIPE and readable(s.output):  # no more: others may have its end, and write for ever
-            more = os.read(s.output, _PIPE)
-            if not more:
-                break
-            left += more
-        if left:
-            self.record(s, left[-_LAST[self.rested(s) < NEVER] :])
-
     def finish(self, s: Session) -> None:
         """End whatever is left in the session's pid namespace; the rest follows when the pause is reaped."""
         self.close_hold(s)
@@ -723,67 +547,6 @@ class Init(Holding, Slots):
 def marked(message: Message, done: str) -> Any:
     """The marks of a launch (runtime.trace) and ours."""
     return [*message.get("marks", ()), (done, time.monotonic())]
-
-
-def hold_socket(fd: int) -> socket.socket:
-    """The socket that `fd` is, which it takes over. Raises Error, `fd` still the caller's, where it is another kind's:
-    such may be readable for ever and never read (ip(7), IP_RECVERR), and this loop would serve nobody else."""
-    return _seqpacket(fd, "hold")
-
-
-def check_socket(fd: int) -> None:
-    """Raise Error unless `fd`, a session's, is a socket as a worker wants it."""
-    _seqpacket(fd, "session").detach()
-
-
-def _seqpacket(fd: int, role: str) -> socket.socket:
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        raise Error("bad-request", f"the {role} socket is no socket") from None
-    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-        sock.detach()
-        raise Error("bad-request", f"the {role} socket is not a unix socket of type SOCK_SEQPACKET")
-    return sock
-
-
-def let_go(hold: socket.socket, trusted: bool) -> None:
-    """Close a hold socket. The last close of it closes the descriptors that are in flight in it too, and may wait for
-    whoever made them: where that is not root, a child has the last one, and ends without waiting (pocketd.apart)."""
-    hold.shutdown(socket.SHUT_RDWR)  # its caller hears of it whoever else has a descriptor
-    if trusted:
-        hold.close()
-        return
-    try:
-        waits, ours = os.pipe2(os.O_CLOEXEC)
-    except OSError:
-        hold.detach()  # better open for ever
-        return
-    try:
-        child = clone.fork()
-        if child is None:
-            try:
-                processes.close_others([hold.fileno(), waits])
-                os.read(waits, 1)  # until the other end is closed, and `hold` before it
-            finally:
-                os._exit(0)
-        hold.close()
-        os.close(child.pidfd)
-    except OSError:
-        hold.detach()
-    finally:
-        os.close(waits)
-        os.close(ours)
-
-
-def readable(fd: int) -> bool:
-    poll = select.poll()  # not select(2), which knows no descriptor above 1023
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _credentials(sock: socket.socket) -> Any:
-    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
 
 
 def main(listener: socket.socket, log_fd: int) -> None:

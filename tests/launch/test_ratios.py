@@ -44,7 +44,7 @@ def service(undisturbed: None, model: Path, tmp_path_factory: pytest.TempPathFac
         daemon.pocket("tensorflow", "on")
         assert daemon.process
         scope = daemon.cgroup_path / "pocketd-tensorflow.scope"
-        yield Service(daemon.runtime_dir, "tensorflow", scope, daemon.process.pid)
+        yield Service(daemon.runtime_dir, "tensorflow", "tensorflow", scope, daemon.process.pid)
     finally:
         daemon.close()
 

@@ -1,0 +1,65 @@
+"""Files of one generation's pockets: what was made of them ahead of time is given up when they change, and made again
+once they are quiet."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pocketd.definitions import Pocket
+from pocketd.files import Watch
+
+if TYPE_CHECKING:
+    from pocketd.daemon import Daemon
+    from pocketd.generation import Generation
+
+QUIET = 2.0  # seconds without a change of a pocket's files before anything is made of them again
+
+
+class Changes:
+    def __init__(self, generation: Generation):
+        self.generation = generation
+        self._watches: dict[str, Watch] = {}
+        self._daemon: Daemon | None = None
+
+    def watch(self, daemon: Daemon, definition: Pocket) -> None:
+        """Watch a pocket's files, as they are now: of a held one all that its definition shows it, but for what it may
+        write itself; of any, that what is shown is still what has that name."""
+        self._daemon = daemon
+        name, directory = definition.name, str(definition.dir)
+        self.forget(name)
+        sources = [str(m.source) for m in definition.mounts]
+        apart = [os.path.join(directory, written) for written in definition.allow.write]
+        tops: list[str] = []
+        if definition.is_held:
+            tops = [directory, *(str(m.source) for m in definition.mounts if not m.writable)]
+        apart += [source for source in (directory, *sources) if source not in tops]
+
+        def changed(path: str) -> None:
+            if definition.is_held:
+                self.generation.held.changed(name, path)
+            else:
+                self.generation.slots.give_way(name)
+
+        def quiet() -> None:
+            present = daemon.config.pockets.get(name)
+            if not present or not self.generation.running:
+                return
+            if definition.is_held:
+                self.generation.held.quiet(daemon, present)
+            elif present.warm:
+                self.generation.slots.fill_later(name, 0.0)
+
+        self._watches[name] = daemon.files.watch(name, tops, apart, changed, quiet, QUIET)
+
+    def names(self) -> set[str]:
+        return set(self._watches)
+
+    def forget(self, pocket: str) -> None:
+        watch = self._watches.pop(pocket, None)
+        if watch and self._daemon:
+            self._daemon.files.forget(watch)
+
+    def close(self) -> None:
+        for pocket in self.names():
+            self.forget(pocket)
