@@ -24,8 +24,8 @@ _ENTRIES = 1 << 17  # that are looked at to find them: the directories are other
 class Watch:
     """What is watched together. `changed(path)` is called when something changes, `quiet()` when it is over.
 
-    `tops`: files and directories; `apart`: those in them, or elsewhere, of which only counts that another file, or none,
-    has their name: what was shown of them is not what is there then.
+    `tops`: files and directories; `apart`: those in them, or elsewhere, of which only counts that another file, or
+    none, has their name: what was shown of them is not what is there then.
     """
 
     name: str
