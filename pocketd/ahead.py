@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cgroup.node import Cgroup
     from pocketd.daemon import Daemon
     from pocketd.definitions import Pocket
+    from pocketd.held import Holder
 
 # A run's template or slot could not serve it, and another way may.
 _ANOTHER_WAY = ("held", "outdated", "no-template")
@@ -37,6 +38,7 @@ class Launching:
     request: Message
     given: dict[str, Any]  # the caller's descriptors by their roles
     marks: orders.Marks
+    _refused: bool = False  # by a slot of the pocket's template: that one would refuse it as well
 
     @property
     def definition(self) -> Pocket | None:
@@ -52,30 +54,47 @@ class Launching:
     async def from_slot(self) -> Session | None:
         """A session whose worker waits already, or None. Raises Error for what is wrong with the launch itself."""
         definition, slots = self.definition, self.generation.slots
-        slot = slots.take(self.daemon, definition, self.plan.home) if definition else None
+        if definition is None or self._in_vain(self.generation.held.current.get(definition.name)):
+            return None
+        slot = slots.take(self.daemon, definition, self.plan.home)
         if slot is None:
             return None
         session = self._session(slot.leaf, slot.held)
         session.pid = slot.pid
         self.marks.append(("pocketd has a slot", time.monotonic()))
-        if await self._tried(session, slots.assign(slot, session.id, session.note, self.given, self.marks)):
-            return self._started(session, "slot")
-        return None
+        done = await self._tried(session, slots.assign(slot, session.id, session.note, self.given, self.marks))
+        if slot.held:
+            self._remember(self.generation.held.by_number.get(slot.held), done)
+        return self._started(session, "slot") if done else None
+
+    def _in_vain(self, holder: Holder | None) -> bool:
+        """Whether this user's launches have been refused by a template, so that this one goes another way at once."""
+        self._refused = holder is not None and not holder.may_serve(self.peer.uid)
+        return self._refused
+
+    def _remember(self, holder: Holder | None, done: bool) -> None:
+        self._refused = not done
+        if holder:
+            holder.used = time.monotonic()
+            holder.served(self.peer.uid, done)
 
     async def from_template(self) -> Session | None:
         """A session whose worker the pocket's own template makes, or None. Raises Error likewise."""
         definition, held = self.definition, self.generation.held
-        if not definition or not definition.is_held:
+        if not definition or not definition.is_held or self._refused:
             return None
         holder = held.ready_for(self.daemon, definition)
-        at_home = holder and (self.plan.home in ("", *holder.homes) or orders.beneath(self.plan.home, definition))
-        if holder is None or not at_home:
+        if holder is None:
+            return None
+        if self.plan.home not in ("", *holder.homes) and not orders.beneath(self.plan.home, definition):
+            why = f"{self.plan.home}, its caller's home, is not among those of who may_run names"
+            events.emit("launch-not-held", service=self.generation.name, pocket=definition.name, why=why)
             return None
         session = self._session(holder.leaf(str(self.request["session"])), holder.number)
         self.marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
-        if await self._tried(session, held.introduce(holder, session, self.given, self.marks)):
-            return self._started(session, "held")
-        return None
+        done = await self._tried(session, held.introduce(holder, session, self.given, self.marks))
+        self._remember(holder, done)
+        return self._started(session, "held") if done else None
 
     def _session(self, leaf: Cgroup, held: int | None) -> Session:
         plan, identity = self.plan, str(self.request["session"])

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
 from nsutil import mounts, processes
+from nsutil.messages import Fds
 from pocketd import events, filters, orders, shown, warming
 from pocketd.definitions import Pocket
+from pocketd.discretion import for_operators
+from pocketd.link import Link
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -28,8 +31,12 @@ if TYPE_CHECKING:
 
 NUMBERS = 1 << 20  # above those of the service's own templates
 HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
+REHEARSING = 210.0  # seconds more for a sample, which is run three times, each for a minute at most
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 BACKOFF = 10.0  # seconds before a template that died is made again
+REST = 60.0  # seconds before one that gave way is, unless somebody warms it
+_PATIENCE = 8  # launches in a row of one user that a template may refuse before it is asked less often
+_PASSING = ("no-template", "service", "stopping")  # errors that say nothing of the pocket
 
 
 @dataclass
@@ -48,7 +55,9 @@ class Holder:
     ready: bool = False
     ended: bool = False  # it is being cleared away
     stale: str | None = None  # why no launch comes from it any more
+    oom_score: int = 0  # of its workers: within its pocket's memory.max each goes before their template
     facts: Message = field(default_factory=dict)
+    refusals: dict[int, tuple[int, int]] = field(default_factory=dict)  # by uid: in a row, and launches not to ask for
     born: float = field(default_factory=time.monotonic)
     used: float = field(default_factory=time.monotonic)  # when a launch last came from it
 
@@ -74,6 +83,20 @@ class Holder:
             return {"template_pid": self.pid, "template_charged": charged, "template_private": m.private}
         except (OSError, processes.Gone):
             return {"template_pid": self.pid, "template_charged": charged, "template_private": None}
+
+    def may_serve(self, uid: int) -> bool:
+        """Whether a launch of this user is to ask it. One that is refused each time, for what the template cannot
+        know, would cost each of that user's launches a fork in vain: it is asked less and less often."""
+        refusals, skip = self.refusals.get(uid, (0, 0))
+        if skip:
+            self.refusals[uid] = refusals, skip - 1
+        return not skip
+
+    def served(self, uid: int, well: bool) -> None:
+        refusals = 0 if well else self.refusals.get(uid, (0, 0))[0] + 1
+        self.refusals[uid] = refusals, min(2 ** max(0, refusals - _PATIENCE), 64) if refusals >= _PATIENCE else 0
+        while len(self.refusals) > 1000:
+            self.refusals.pop(next(iter(self.refusals)))
 
     def close(self) -> None:
         self.cgroup.close()
@@ -149,6 +172,9 @@ class Held:
         if holder and holder.ready and not another and not self._outdated(holder, definition):
             return holder
         task = self._making.get(name)
+        known = self.failed.get(name)
+        if task is None and not another and known and known[0] == definition:
+            raise Error("hold", known[1])
         if task is None:
             task = asyncio.ensure_future(self._make(daemon, definition, progress))
             self._making[name] = task
@@ -160,7 +186,7 @@ class Held:
                 raise
             if name in self._changing:
                 raise Error("changed", f"{name} is not held: its files change; run it again when they do not") from None
-            raise Error("hold", f"{name} is not held: it was cooled meanwhile") from None
+            raise Error("cooled", f"{name} is not held: it was cooled meanwhile") from None
         if self._outdated(holder, definition):  # begun by an older definition
             raise Error("changed", f"{name} is not held: {holder.stale}")
         return holder
@@ -175,7 +201,9 @@ class Held:
             self.failed.pop(definition.name, None)
             return
         why = e.message if isinstance(e, Error) else f"{type(e).__name__}: {e}"
-        if not isinstance(e, ConnectionError):
+        if isinstance(e, ConnectionError) or (isinstance(e, Error) and e.code in _PASSING):
+            self.cool_until[definition.name] = time.monotonic() + BACKOFF
+        else:
             self.failed[definition.name] = definition, why
         events.emit(
             "pocket-not-held", "warning", service=self.generation.name, pocket=definition.name, why=why.splitlines()[0]
@@ -205,7 +233,8 @@ class Held:
     async def _try(self, daemon: Daemon, definition: Pocket, progress: Progress, rehearse: bool) -> Holder:
         g = self.generation
         plan = orders.plan_of(daemon, g, definition)
-        parent = await g.templates.get(plan.loaded(definition.mode), progress)
+        with for_operators(None, g.name):
+            parent = await g.templates.get(plan.loaded(definition.mode))
         if not g.init or not g.tree:
             raise Error("service", f"service {g.name} has ended")
         progress(f"{definition.name}: {_doing(definition, rehearse)}")
@@ -213,7 +242,8 @@ class Held:
         try:
             with ExitStack() as stack:
                 message, passed = self._orders(daemon, definition, plan, holder, rehearse, stack)
-                reply, fds = await g.init.call("hold", passed, timeout=HOLD_TIMEOUT, **message)
+                patience = HOLD_TIMEOUT + (REHEARSING if rehearse else 0.0)
+                reply, fds = await self._asked(g.init, passed, patience, message, definition)
                 fds.close()
             if holder.stale:
                 raise Error("hold", holder.stale)
@@ -225,6 +255,20 @@ class Held:
             raise
         holder.facts["rehearsed"] = rehearse
         return holder
+
+    @staticmethod
+    async def _asked(
+        init: Link, passed: list[int], patience: float, message: Message, definition: Pocket
+    ) -> tuple[Message, Fds]:
+        try:
+            return await init.call("hold", passed, timeout=patience, **message)
+        except Error as e:
+            if e.code != "timeout":
+                raise
+            what = (
+                f"{definition.program} has not come to its checkpoint" if definition.program else "it is not preloaded"
+            )
+            raise Error("hold", f"{what} after {patience:.0f} s, and was ended") from None
 
     def _place(self, daemon: Daemon, definition: Pocket, parent: Template) -> Holder:
         """Its cgroup beneath the pocket's, with a leaf for itself."""
@@ -273,7 +317,7 @@ class Held:
         stack.callback(os.close, own)
         host = definition.allow.network == "host"
         passed = [holder.cgroup.fd, told, *(fd for fd, _ in files), own, *([daemon.network] if host else [])]
-        note = {"pocket": definition.name, "leaf": holder.cgroup.kernel_path}
+        note = {"pocket": definition.name, "uid": holder.uid, "leaf": holder.cgroup.kernel_path}
         assert holder.parent
         fields = {"template": holder.number, "parent": holder.parent.number, "note": note, "host_network": host}
         return fields, passed
@@ -284,9 +328,6 @@ class Held:
         with Cgroup("self", holder.cgroup) as own:
             holder.pid = (own.processes() or [0])[0]
         holder.cgroup.enable(CONTROLLERS)
-        if holder.pid and "memory.max" in holder.definition.limits:
-            with suppress(OSError), open(f"/proc/{holder.pid}/oom_score_adj", "w") as f:
-                f.write("-999")  # within its pocket's limit a worker goes first
         holder.facts = warming.facts(reply)
         holder.facts["runs"] = self._runs(holder)
         holder.ready = True
@@ -314,6 +355,7 @@ class Held:
         sizes = f"its template has {charged >> 20}M, one run {run >> 20}M, memory.max is {int(most) >> 20}M"
         if runs < 1:
             raise Error("hold", f"{sizes}: that leaves no room for a run")
+        holder.oom_score = min(1000, 1 + 1000 * charged // int(most))
         return runs
 
     # -- launching
@@ -336,12 +378,14 @@ class Held:
             os.close(seen)
         with received:
             if len(received):
-                session.pid = orders.pid_of(received.take())
+                session.pid = orders.pid_of(received.take(), holder.oom_score)
 
     # -- its end
 
-    def give_up(self, holder: Holder, why: str) -> None:
-        """No launch comes from it any more; its workers live on."""
+    def give_up(self, holder: Holder, why: str, rest: float = 0.0) -> None:
+        """No launch comes from it any more; its workers live on. `rest`: seconds in which none makes another."""
+        if rest:
+            self.cool_until[holder.pocket] = time.monotonic() + rest
         if holder.stale is None:
             holder.stale = why
             if self.current.get(holder.pocket) is holder:
@@ -353,8 +397,7 @@ class Held:
         """A template says that what its program read is not so any more; the next launch has another made."""
         holder = self.current.get(pocket)
         if holder and holder.number == number:
-            self.give_up(holder, why)
-            self.cool_until[pocket] = time.monotonic() + BACKOFF  # its runs may be what changes it
+            self.give_up(holder, why, BACKOFF)  # its runs may be what changes it
 
     async def _retire(self, holder: Holder) -> None:
         holder.stale = holder.stale or "it was given up"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from nsutil import processes
 from nsutil.messages import Fds
 from pocketd import adopt, ahead, events, orders, permissions, shown, unit, wire
 from pocketd.definitions import Pocket
+from pocketd.discretion import for_operators, starting
 from pocketd.generation import Generation, Session
 from pocketd.orders import Plan
 from pocketd.templates import Progress
@@ -47,8 +47,9 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             raise Error("bad-request", "that session is not yours")
         if known:  # the same caller again, whose first request an earlier pocketd did not live to answer
             return _reply(*known)
-        with _for_operators(peer, service.name):
-            generation = await service.on(progress)
+        told = starting(peer, service.name, progress)
+        with for_operators(peer, service.name):
+            generation = await service.on(told)
         stack.enter_context(generation.busy())
         await daemon.turns.take(peer.uid)
         stack.callback(daemon.turns.give, peer.uid)
@@ -75,8 +76,8 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             files = await shown.callers_files(daemon.identities, shown_as, peer, request, given, stack)
         files += await unit.notify(request, given.get("notify"), peer, stack)
         secret = unit.credentials(request, given.get("credentials"))
-        with _for_operators(peer, service.name):
-            template = await generation.templates.get(plan.loaded(mode), progress)
+        with for_operators(peer, service.name):
+            template = await generation.templates.get(plan.loaded(mode), told)
         if not generation.running:
             raise Error("service", f"service {generation.name} was switched off meanwhile; ask again")
         if wire.field(request, "adopt", bool, False):
@@ -87,9 +88,9 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         session = Session(identity, plan.name, note, leaf, 0, time.time())
         generation.sessions[identity] = session
         try:
-            told = orders.orders(generation, plan, mode, files, secret)
-            stack.callback(os.close, told)
-            passed = [leaf.fd, given["session"], given["hold"], told, *(fd for fd, _ in files)]
+            ordered = orders.orders(generation, plan, mode, files, secret)
+            stack.callback(os.close, ordered)
+            passed = [leaf.fd, given["session"], given["hold"], ordered, *(fd for fd, _ in files)]
             if secret:
                 passed.append(given["credentials"])
             if plan.network == "host":
@@ -103,21 +104,6 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
             "session-started", service=service.name, pocket=plan.name, session=identity, pid=session.pid, mode=mode
         )
         return _reply(generation, session)
-
-
-@contextmanager
-def _for_operators(peer: processes.Peer, service: str) -> Iterator[None]:
-    """Why a service does not start is its operator's to know: a template's last words name files that are not the
-    caller's, and may show what is in them."""
-    try:
-        yield
-    except Error as e:
-        if peer.uid == 0:
-            raise
-        text = (
-            f"service {service} could not be started; its log, which is its operator's, says why: pocket logs {service}"
-        )
-        raise Error(e.code, text) from None
 
 
 def _take(request: Message, fds: Fds, stack: ExitStack) -> dict[str, Any]:
@@ -148,10 +134,13 @@ def make_plan(
             raise Error(
                 "invalid", "[defaults.run] of the configuration is wrong; ad hoc runs would go without its limits"
             )
+        name = f"run-{identity[:12]}"
+        if name in daemon.config.pockets or any(s.pocket == name and s.id != identity for _, s in daemon.sessions()):
+            raise Error("bad-request", f"there is a pocket {name} already; choose another session")
         uid = peer.uid or daemon.identities.ad_hoc(used)
         gid = peer.gid if peer.uid else uid
         limits = daemon.config.run_limits
-        return Plan(f"run-{identity[:12]}", None, uid, gid, "none", offered, limits, orders.home_of(peer.uid))
+        return Plan(name, None, uid, gid, "none", offered, limits, orders.home_of(peer.uid))
     permissions.check_may_run(definition, peer)
     return replace(orders.plan_of(daemon, generation, definition), home=orders.home_of(peer.uid))
 
@@ -159,7 +148,7 @@ def make_plan(
 def make_leaf(generation: Generation, plan: Plan, identity: str) -> Cgroup:
     """The session's own cgroup beneath its pocket's, which carries the limits. The caller owns it."""
     assert generation.tree
-    orders.make_pocket(generation, plan.name, plan.limits, identity)
+    orders.make_pocket(generation, plan.name, plan.limits, identity, alone=plan.definition is None)
     return Cgroup(f"pockets/{plan.name}/{identity}", generation.tree)
 
 

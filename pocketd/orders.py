@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Marks = list[tuple[str, float]]  # what was done when, for `pocket run --trace` (runtime.trace)
 _DEFAULTS = {"pids.max": "4096"}  # of a pocket that says nothing of it: a fork bomb stays within it
+_HOMES = 16  # that are made in a worker before it is known whose it is
 _TMP = 1 << 30  # bytes, at most, of a worker's /tmp, home and /dev/shm each: charged to its pocket as it writes
 
 
@@ -54,13 +56,17 @@ def plan_of(daemon: Daemon, generation: Generation, definition: Pocket) -> Plan:
 
 
 def homes(definition: Pocket) -> tuple[str, ...]:
-    """The homes of those who may run a pocket, as far as they are named; root's first."""
-    uids = [0]
+    """The homes of those who may run a pocket, as far as they are named, each or as a group; root's first."""
+    names: list[str] = []
     for who in definition.may_run:
         with suppress(KeyError):
-            uids.append(pwd.getpwnam(who).pw_uid)
+            names += grp.getgrnam(who[1:]).gr_mem if who.startswith("@") else [who]
+    uids = [0]
+    for name in names[:_HOMES]:
+        with suppress(KeyError):
+            uids.append(pwd.getpwnam(name).pw_uid)
     found = [home for home in map(home_of, uids) if home and not beneath(home, definition)]
-    return tuple(dict.fromkeys(found))[:16]
+    return tuple(dict.fromkeys(found))[:_HOMES]
 
 
 def beneath(path: str, definition: Pocket) -> bool:
@@ -75,9 +81,15 @@ def home_of(uid: int) -> str:
     return home if home.startswith("/") and paths.refuse_directory(home) is None else ""
 
 
-def make_pocket(generation: Generation, name: str, limits: Limits, leaf: str) -> None:
-    """A pocket's cgroup, if it is not there, with its limits, and one beneath it."""
-    with Cgroup("pockets", generation.tree) as pockets, pockets.create(name, exist_ok=True) as pocket:
+def make_pocket(generation: Generation, name: str, limits: Limits, leaf: str, alone: bool = False) -> None:
+    """A pocket's cgroup, with its limits, and one beneath it. It may be there, unless it is for one session `alone`, of
+    which others could know the name."""
+    with ExitStack() as stack:
+        pockets = stack.enter_context(Cgroup("pockets", generation.tree))
+        try:
+            pocket = stack.enter_context(pockets.create(name, exist_ok=not alone))
+        except FileExistsError:
+            raise Error("bad-request", f"there is a pocket {name} already; choose another session") from None
         try:
             enabled = pocket.enable(CONTROLLERS)
             pocket.apply({**(_DEFAULTS if "pids" in enabled else {}), **limits})
@@ -140,12 +152,21 @@ def orders(
     return memory.sealed(wire.pack(told), "orders")
 
 
-def pid_of(pidfd: int) -> int:
+def pid_of(pidfd: int, oom_score: int = 0) -> int:
     """A worker's pid here; 0 where it has ended already, a short program, whose caller has its status. Takes over
     `pidfd`."""
     try:
+        if oom_score:
+            set_oom_score(pidfd, oom_score)
         return processes.pid_of(pidfd)
     except processes.Gone:
         return 0
     finally:
         os.close(pidfd)
+
+
+def set_oom_score(pidfd: int, score: int) -> None:
+    """By how many thousandths of its limit a worker counts as larger, where the kernel looks for whom to end."""
+    with suppress(OSError, processes.Gone), open(f"/proc/{processes.pid_of(pidfd)}/oom_score_adj", "w") as f:
+        processes.pid_of(pidfd)  # opened while it was there: no other's that has its number now
+        f.write(str(score))

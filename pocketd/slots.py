@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 DELAY = 0.05  # seconds after a launch until its slot is replaced: the program goes first
 BACKOFF = 5.0  # seconds after a slot that could not be made
-TAKEN = 10.0  # seconds that a slot may take to say that it has its session
+TAKEN = 3.0  # seconds that a slot may take to say that it has its session
+_OOM_SCORE = 1000  # of one that waits: it ends before anything that runs (proc_pid_oom_score_adj(5))
 _WORDS = wire.Bounds(4 * 1024, 4, 32)
 
 
@@ -44,6 +45,8 @@ class Slot:
     homes: tuple[str, ...]
     held: int | None  # the number of the pocket's template that it comes from
     pid: int = 0
+    pidfd: int = -1
+    oom_score: int = 0  # of its session's worker
     ready: bool = False
     gone: bool = False
     sock: socket.socket | None = None  # what it listens on, our end
@@ -62,6 +65,14 @@ class Slot:
             asyncio.get_running_loop().remove_reader(self.sock)
             self.sock.close()
             self.sock = None
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def _identity() -> str:
+    """No session's, which its caller chooses: whoever logged in by a slot's would be given what is another's."""
+    return f"slot-{os.urandom(16).hex()}"
 
 
 class Slots:
@@ -105,6 +116,8 @@ class Slots:
     def _good(self, slot: Slot, definition: Pocket) -> bool:
         if slot.gone or slot.definition != definition or slot.parent.stale:
             return False
+        if slot.held and (slot.parent.parent is None or slot.parent.parent.stale):
+            return False  # the service's libraries are others now
         holder = self.generation.held.current.get(definition.name)
         # Once the pocket is held, slots that come from the root template are of an older kind.
         return holder is None or not holder.ready or slot.held == holder.number
@@ -135,22 +148,33 @@ class Slots:
             there = [s for s in self.by_id.values() if s.pocket == name and not s.gone]
             if not there and not definition.is_held:
                 self.generation.changes.watch(daemon, definition)
-            if len(there) >= definition.warm or daemon.config.pockets.get(name) != definition:
+            if len(there) >= self._wanted(definition) or daemon.config.pockets.get(name) != definition:
                 return
             try:
                 await self._make(daemon, definition)
             except (Error, OSError, ConnectionError) as e:
+                if isinstance(e, Error) and e.code in ("changed", "cooled"):
+                    return  # the next launch begins anew, or the end of the changes does
                 why = e.message if isinstance(e, Error) else str(e)
                 events.emit("slot-not-made", "warning", service=self.generation.name, pocket=name, why=why)
                 self.fill_later(name, BACKOFF)
                 return
 
+    def _wanted(self, definition: Pocket) -> int:
+        """No more than leave room for a run within the pocket's memory.max."""
+        holder = self.generation.held.current.get(definition.name)
+        runs = holder.facts.get("runs") if holder else None
+        return definition.warm if runs is None else min(definition.warm, max(1, runs - 1))
+
     async def _make(self, daemon: Daemon, definition: Pocket) -> None:
         g = self.generation
         holder = None
         if definition.is_held:
-            with suppress(Error):
+            try:
                 holder = await g.held.get(daemon, definition, lambda text: None)
+            except Error:
+                if definition.name not in g.held.failed:
+                    raise  # it was cooled, or changes: not what would last
         with ExitStack() as stack:
             if holder:
                 await self._from_held(holder, definition, stack)
@@ -161,7 +185,7 @@ class Slots:
         g = self.generation
         plan = orders.plan_of(daemon, g, definition)
         template = await g.templates.get(plan.loaded(definition.mode))
-        identity = os.urandom(16).hex()
+        identity = _identity()
         homes = orders.homes(definition)
         files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
         told = orders.orders(g, plan, definition.mode, files, None, {"slot": True, "homes": list(homes)})
@@ -174,11 +198,12 @@ class Slots:
         await self._ask(slot, template.number, host, passed)
 
     async def _from_held(self, holder: Holder, definition: Pocket, stack: ExitStack) -> None:
-        identity = os.urandom(16).hex()
+        identity = _identity()
         leaf = holder.leaf(identity)
         seen = holder.seen(leaf)
         stack.callback(os.close, seen)
         slot = Slot(identity, definition.name, definition, holder, holder.uid, leaf, holder.homes, holder.number)
+        slot.oom_score = holder.oom_score
         await self._ask(slot, holder.number, False, [leaf.fd, seen])
 
     async def _ask(self, slot: Slot, template: int, host: bool, passed: list[int]) -> None:
@@ -207,7 +232,8 @@ class Slots:
             theirs.close()
         with received:
             if len(received):
-                slot.pid = orders.pid_of(received.take())
+                slot.pidfd = received.take()
+                slot.pid = orders.pid_of(os.dup(slot.pidfd), _OOM_SCORE)
 
     def _hear(self, slot: Slot) -> None:
         """A few words of no consequence, of a process that is not trusted."""
@@ -247,6 +273,7 @@ class Slots:
             raise Error("held", f"service {g.name} has ended, or the slot")
         del self.by_id[slot.id]
         slot.gone = True
+        orders.set_oom_score(slot.pidfd, slot.oom_score)
         slot.taken = asyncio.get_running_loop().create_future()
         # Init first: should pocketd end between the two, nothing runs that init does not know of.
         known = asyncio.ensure_future(g.init.call("assign", [given["hold"]], slot=slot.id, session=identity, note=note))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nsutil import processes
 from pocketd import permissions
 from pocketd.definitions import Pocket
+from pocketd.discretion import for_operators, starting
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progre
     if not (definition.is_held or definition.warm):
         raise Error("hold", f"{name} has nothing to be warm; its definition may have {_choices(definition)}")
     permissions.check_may_run(definition, peer)
-    generation = await service.on(progress)
+    with for_operators(peer, service.name):
+        generation = await service.on(starting(peer, service.name, progress))
     with generation.busy():
         facts: Message = {}
         if definition.is_held:
@@ -76,7 +78,7 @@ def facts(said: Message) -> Message:
     for key in ("seconds", "threads", "files", "working_set", "run"):
         value = said.get(key)
         found[key] = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    for key in ("variables", "unsure"):
+    for key in ("variables", "unsure", "noted"):
         value = said.get(key)
         words = value if isinstance(value, list) else []
         found[key] = [word[:200] for word in words if isinstance(word, str)][:100]

@@ -11,6 +11,7 @@ import __future__
 import ast
 import functools
 import re
+import warnings
 from contextlib import suppress
 from typing import Any, Iterator, List, NamedTuple, Tuple, Union
 
@@ -61,7 +62,9 @@ def compile_held(source: bytes, path: str, where: str) -> Compiled:
         while after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant):
             after = after[1:]  # it would become the docstring
         flags = code.co_flags & _FUTURES
-        rest = compile(ast.Module(after, []), path, "exec", flags, dont_inherit=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there were some already, of the same lines
+            rest = compile(ast.Module(after, []), path, "exec", flags, dont_inherit=True)
     return Compiled(code, rest, function)
 
 

@@ -19,7 +19,18 @@ from nsutil import clone, processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import checkpoint, cold, confinement, interpreter, program, recorded, rehearsal, workingset
+from runtime import (
+    checkpoint,
+    cold,
+    confinement,
+    interpreter,
+    moments,
+    program,
+    recorded,
+    rehearsal,
+    threads,
+    workingset,
+)
 from runtime.held import Held, Words
 
 _VARARGS, _VARKEYWORDS = 0x4, 0x8  # of a code object: inspect.CO_VARARGS, CO_VARKEYWORDS
@@ -47,6 +58,7 @@ class Checkpointed(Held):
     def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
         super().__init__(template, talk, orders, log)
         self.reached = False
+        self.line_held = 0  # of the program's top level, which is executing then
         self.compiled: Any = None
         self.rehearsing = False
         self.program: str = orders["hold"]["program"]
@@ -64,7 +76,10 @@ class Checkpointed(Held):
         }
         if hold.get("packages"):
             start["packages"] = hold["packages"]
+        if os.path.isdir(self.program) or not self.program.endswith((".py", ".pyw")) and _is_archive(self.program):
+            self.fail("a directory or an archive has no place to be held at; name the file in it that is run")
         interpreter.adopt(start, self.streams.take)
+        threads.hint(self.orders.get("threads"))
         alone = cold.set_by_program(self.template.runtime, self.template.begin, start)
         if alone:
             self.fail(f"{alone}, which the service's have gone by: each run is a process of its own")
@@ -101,9 +116,12 @@ class Checkpointed(Held):
         """The call at the checkpoint. It returns in each child; in the template, never."""
         if self.reached:
             return
+        if os.getpid() != self.pid:
+            self.fail("its checkpoint was reached in a child process of the program, and the program itself is held")
         if threading.current_thread() is not threading.main_thread():
             self.fail("its checkpoint was reached in a thread other than the main one, which alone can be forked")
         self.reached = True
+        self.line_held = _top_line(self.program)
         self.arrive()
         setattr(builtins, checkpoint.NAME, nothing)
         self.exits.end()
@@ -111,12 +129,17 @@ class Checkpointed(Held):
             self.look()
             sample = self.orders["hold"]["rehearse"]
             if sample is not None:
-                self.rehearse(sample, sys._getframe(1))
+                self.rehearse(sample, _program_frame())
             if not self.child:
                 self.settle()
                 self.serve()
         except Exception as e:  # a fault of ours, not the program's
             self.fail(f"{type(e).__name__}: {e}")
+        if not self.rehearsing:
+            self.begin()
+
+    def noted(self) -> List[str]:
+        return [*moments.taken(self.program, self.line_held, self.recorder.tops), *super().noted()]
 
     # -- the rehearsal
 
@@ -218,6 +241,7 @@ class Checkpointed(Held):
         ends = rehearsal.Until(until)
         out, err = rehearsal.capture()
         self.play(sample, out, err)
+        running = set(threading.enumerate())
         self.rehearsing = self.exits.dropping = True
         self.exits.begin()
         self.recorder.begin_rehearsal()
@@ -234,7 +258,7 @@ class Checkpointed(Held):
             self.exits.end()
             self.rehearsing = self.exits.dropping = False
             interpreter.flush_quietly()
-        rehearsal.settle_threads()
+        rehearsal.settle_threads(running, self.recorder.tops)
         for fd in (out, err):
             os.close(fd)
 
@@ -319,10 +343,33 @@ class Checkpointed(Held):
         processes.set_command_line([os.fsencode(word) for word in sys.orig_argv])
         self.resume(start)
         self.streams.replay()
-        self.begin()
 
     def apologize(self, error: Error) -> None:
         os.write(2, f"pocket: {error.message}\n".encode())
+
+
+def _program_frame() -> Any:
+    """The innermost that is the program's, and neither ours nor pocketd.checkpoint()'s."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "pocketd"):
+        frame = frame.f_back
+    return frame
+
+
+def _top_line(program: str) -> int:
+    frame: Any = sys._getframe(1)
+    line = 0
+    while frame is not None:
+        if frame.f_code.co_filename == program:
+            line = frame.f_lineno
+        frame = frame.f_back
+    return line
+
+
+def _is_archive(path: str) -> bool:
+    import zipfile
+
+    return zipfile.is_zipfile(path)
 
 
 def nothing() -> None:

@@ -66,6 +66,7 @@ class Template:
     layers: List[List[int]] = field(
         default_factory=list
     )  # mounts in it that take what rehearsals write, the last on top
+    resting: float = NEVER  # when its output is read again, which is too much
     tail: List[bytes] = field(default_factory=list)  # its last lines, for the error when it does not get ready
 
     def summary(self) -> Message:

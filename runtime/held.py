@@ -9,16 +9,30 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import socket
 import time
+from contextlib import suppress
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 from nsutil import clone, memory
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import carried, interpreter, leftbehind, randomness, recorded, rehearsal, seeds, slot, streams, workingset
+from runtime import (
+    carried,
+    interpreter,
+    leftbehind,
+    randomness,
+    recorded,
+    rehearsal,
+    seeds,
+    slot,
+    streams,
+    threads,
+    workingset,
+)
 from runtime.trace import Trace
 
 _SHARED = 64 << 20  # bytes of it that are made anew in each run
@@ -54,8 +68,10 @@ class Held:
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
         scratch = tuple(f"{top}/" for top in ("/tmp", "/dev/shm", *orders["homes"]))
         shown = *tops, *(f"{place['target']}/" for place in orders["mounts"])
+        written = tuple(f"{place['target']}/" for place in orders["mounts"] if place["writable"])
         advice = f"{self.words.before}; {self.words.instead}"
-        self.recorder = recorded.Recorder(tops, scratch, shown, advice, self.is_program)
+        self.recorder = recorded.Recorder(tops, scratch, shown, written, advice, self.is_program)
+        self.pid = os.getpid()
         self.seeds = seeds.Seeds()
         self.streams = streams.Streams(self.recorder.reconfigured, self.is_program)
         self.reports = -1  # where a run of the sample writes which pages it made its own
@@ -132,6 +148,9 @@ class Held:
             self.fail(f"it closes or replaces descriptor {replaced} {before}, and each run has its own")
         if self.streams.is_read():
             self.fail(f"it reads standard input {before}, and each run has its own")
+        temporary = self.recorder.left_temporary()
+        if temporary:
+            self.fail(f"it makes {temporary} {before}, and each run has its own; {self.words.instead}")
         left = self.left_behind()
         if left:
             self.fail(f"{self.words.at} {who} holds what a fork cannot carry over: {left}. {self.words.later}")
@@ -160,6 +179,8 @@ class Held:
 
     def settle(self) -> None:
         """Be ready to be forked: no garbage, and pages that stay shared."""
+        if self.orders.get("threads"):
+            threads.limit(self.orders["threads"], threads.find())  # of libraries that its program has loaded
         privatized = self.make_private()  # what a rehearsal has left
         self.seeds.find()
         self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))
@@ -179,7 +200,9 @@ class Held:
             self.fail(f"{self.words.at} {self.words.who} cannot be forked: {e.strerror}")
         if child is None:
             os._exit(0)
-        os.waitpid(child.pid, 0)
+        select.select([child.pidfd], [], [])
+        with suppress(ChildProcessError):  # a handler of its program's has, or it ignores SIGCHLD
+            os.waitpid(child.pid, 0)
         os.close(child.pidfd)
 
     def say_ready(self, privatized: List[str]) -> None:
@@ -193,10 +216,15 @@ class Held:
             "variables": sorted(os.fsdecode(name) for name in r.variables)[:100],
             "files": len(r.files),
             "unsure": self.seeds.unsure[:8],
+            "noted": self.noted()[:8],
             "working_set": self.pages.size,
             "run": self.run_size,
         }
         wire.send(self.talk, said)
+
+    def noted(self) -> List[str]:
+        """What each run would have found otherwise, perhaps, and does not."""
+        return list(dict.fromkeys(self.recorder.noted))
 
     # -- forks
 
@@ -262,7 +290,6 @@ class Held:
         been taken from the session's socket then."""
         launch = message["launch"]
         os.setsid()
-        set_oom_score()
         self.share()
         clone.revive()
         trace.mark("its threads are back")
@@ -338,6 +365,7 @@ class Held:
     def adopt(self, start: Message) -> None:
         """Its caller's environment, directory and streams, and in the environment what the pocket's code changed."""
         interpreter.adopt(start, self.streams.restore)
+        threads.hint(self.orders.get("threads"))
         for name, value in self.recorder.changes.items():
             if value is None:
                 os.environb.pop(name, None)
@@ -355,13 +383,3 @@ class Held:
         """What each run is to do first (pocketd.on_start)."""
         for function in self.on_start:
             function()
-
-
-def set_oom_score() -> None:
-    """A template may have been made one that the kernel kills last; its workers go first."""
-    try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        os.write(fd, b"0")
-        os.close(fd)
-    except OSError:
-        pass

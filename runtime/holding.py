@@ -25,7 +25,7 @@ WALL = 0x40000000  # wait4(2)
 _COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
 _WORDS = 64  # messages of an ended worker's template that are heard for its sake
 # What a template says of itself when it is ready: for people.
-_FACTS = ("seconds", "threads", "variables", "files", "unsure", "working_set", "run")
+_FACTS = ("seconds", "threads", "variables", "files", "unsure", "noted", "working_set", "run")
 # What a template may say: bounded, since its program says it.
 WORDS = wire.Bounds(32 * 1024, 4, 400)
 
@@ -50,7 +50,7 @@ class Holding:
     reap: Callable[[], None]
     take_pause: Callable[[], clone.Child]
     refuse_when_stopping: Callable[[], None]
-    drain: Callable[[Template], bool]
+    hear_errors: Callable[[Template], None]
     refuse_template: Callable[[Template, Any], None]
     lose: Callable[[Template], None]
 
@@ -85,7 +85,7 @@ class Holding:
                 os.close(fd)
         ours.setblocking(False)  # it may not read
         self.templates[t.number] = self.pauses[t.pause.pid] = t
-        self.watch(out, lambda: self.drain(t))
+        self.hear_errors(t)
         self.watch(ours.fileno(), lambda: self.hear_held(t))
 
     def hear_held(self, t: Template) -> bool:

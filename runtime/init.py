@@ -119,7 +119,7 @@ class Init(Templates, Holding, Slots, Output):
 
     def patience(self) -> float:
         waiting = [s.deadline for s in self.sessions.values() if not s.pid and s.deadline < NEVER]
-        waiting += [s.resting for s in self.sessions.values() if s.resting < NEVER]
+        waiting += [one.resting for one in (*self.sessions.values(), *self.templates.values()) if one.resting < NEVER]
         if self.stopping is not None:
             waiting.append(self.stopping)
         return max(0.0, min(waiting) - time.monotonic()) if waiting else -1
@@ -128,6 +128,8 @@ class Init(Templates, Holding, Slots, Output):
         now = time.monotonic()
         for s in [s for s in self.sessions.values() if s.resting <= now]:
             self.hear_worker(s)
+        for t in [t for t in self.templates.values() if t.resting <= now]:
+            self.hear_errors(t)
         late = [s for s in self.sessions.values() if not s.pid and s.deadline <= now]
         for number in {s.template for s in late}:
             self.end_template(number)
@@ -286,6 +288,8 @@ class Init(Templates, Holding, Slots, Output):
         identity = message["session"]
         if identity in self.sessions:  # asked again by a caller whose pocketd died in between
             s = self.sessions[identity]
+            if s.note.get("slot") or s.note.get("caller") != message["note"].get("caller"):
+                raise Error("bad-request", "that session is not yours")
             self.tell({"id": message["id"], "ok": True, "attached": True, "pid": s.pid})
             return
         self.refuse_when_stopping()

@@ -7,6 +7,7 @@ import os
 import time
 from typing import Callable, Dict
 
+from pocketd.wire import Message
 from runtime.children import NEVER, Session, Template
 from runtime.log import Log
 from runtime.sockets import readable
@@ -25,6 +26,10 @@ class Output:
     watch: Callable[..., None]
     unwatch: Callable[[int], None]
 
+    def hear_errors(self, t: Template) -> None:
+        t.resting = NEVER
+        self.watch(t.stderr, lambda: self.drain(t))
+
     def drain(self, t: Template) -> bool:
         """Pass on what a template wrote. Its workers may hold the other end too, until they have their own."""
         try:
@@ -34,8 +39,13 @@ class Output:
         if not text:
             self.unwatch(t.stderr)
             return False
-        self.log.write(f"template-{t.number}", text)
         t.tail = (t.tail + text.splitlines())[-40:]
+        if t.kind != "pocket":
+            self.log.write(f"template-{t.number}", text)
+            return True
+        t.resting = self.record(f"template-{t.number} of {t.note.get('pocket')}", t.note, text)
+        if t.resting < NEVER:
+            self.unwatch(t.stderr)
         return True
 
     def drain_all(self, t: Template) -> None:
@@ -50,7 +60,6 @@ class Output:
         self.watch(s.output, lambda: self.drain_worker(s))
 
     def drain_worker(self, s: Session) -> bool:
-        """Pass on what a worker wrote; a bounded part of it, as all pockets' launches wait meanwhile."""
         assert s.output is not None
         try:
             text = os.read(s.output, _READ)
@@ -59,22 +68,22 @@ class Output:
         if not text:
             self.unwatch(s.output)
             return False
-        self.record(s, text)
-        s.resting = self.rested(s)
+        s.resting = self.record(f"pocket {s.note.get('pocket', s.id)}", s.note, text)
         if s.resting < NEVER:
             self.unwatch(s.output)
         return True
 
-    def record(self, s: Session, text: bytes) -> None:
-        uid, now = s.note.get("uid", -1), time.monotonic()
+    def record(self, source: str, note: Message, text: bytes) -> float:
+        """Write down what a pocket's process wrote. Returns when it may write more; NEVER where that is now."""
+        uid, now = note.get("uid", -1), time.monotonic()
         if uid not in self.said:
             self.said = {other: until for other, until in self.said.items() if until > now}
-        written = self.log.write(f"pocket {s.note.get('pocket', s.id)}", text)
+        written = self.log.write(source, text)
         self.said[uid] = max(self.said.get(uid, now), now) + written / LOG_RATE
+        return self.rested(note)
 
-    def rested(self, s: Session) -> float:
-        """When it may write more; NEVER where it has not written too much."""
-        again = self.said.get(s.note.get("uid", -1), 0.0) - LOG_BURST
+    def rested(self, note: Message) -> float:
+        again = self.said.get(note.get("uid", -1), 0.0) - LOG_BURST
         return again if again > time.monotonic() else NEVER
 
     def last_words(self, s: Session) -> None:
@@ -86,4 +95,5 @@ class Output:
                 break
             left += more
         if left:
-            self.record(s, left[-_LAST[self.rested(s) < NEVER] :])
+            last = left[-_LAST[self.rested(s.note) < NEVER] :]
+            self.record(f"pocket {s.note.get('pocket', s.id)}", s.note, last)

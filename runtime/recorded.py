@@ -35,15 +35,22 @@ class Refused(Ours):
 class Recorder:
     """Notes from `begin` to `end`. `tops`: directories of the pocket's own files, for the lines in messages. `scratch`:
     directories that were empty at first, such as its own /tmp; `shown`: what is shown of others' beneath them all the
-    same. `advice`: how a refusal goes on. `program`: it will have arguments and an input of its own, which a client's
-    session has not."""
+    same; `written`: what of that the pocket may write. `advice`: how a refusal goes on. `program`: it will have
+    arguments and an input of its own, which a client's session has not."""
 
     def __init__(
-        self, tops: Tuple[str, ...], scratch: Tuple[str, ...], shown: Tuple[str, ...], advice: str, program: bool
+        self,
+        tops: Tuple[str, ...],
+        scratch: Tuple[str, ...],
+        shown: Tuple[str, ...],
+        written: Tuple[str, ...],
+        advice: str,
+        program: bool,
     ):
         self.tops = tops
         self.scratch = scratch
         self.shown = shown
+        self.written = written
         self.advice = advice
         self.program = program
         self.variables: Dict[bytes, Optional[bytes]] = {}  # name -> what the program saw
@@ -55,6 +62,8 @@ class Recorder:
         self.terminal: Set[int] = set()  # descriptors that it asked about
         self.reconfigured: Dict[str, List[Dict[str, Any]]] = {}
         self.made: List[str] = []  # directories that it made
+        self.temporary: Dict[str, str] = {}  # what it made by tempfile, and where
+        self.noted: List[str] = []  # what may be another thing in a run, and cannot be compared
         self.refused: Optional[str] = None
         self._imported: Set[str] = set()  # before it began
         self._own: Set[bytes] = set()  # variables that a rehearsal has set itself
@@ -133,8 +142,9 @@ class Recorder:
             self._undo.append(partial(setattr, mapping, "__class__", plain))
 
     def saw_variable(self, name: bytes, value: Optional[bytes]) -> None:
-        if name not in self.changes:
-            self.variables.setdefault(name, value)
+        if name in self.changes or (name in _SIZE and _only_for_checks(sys._getframe(2))):
+            return
+        self.variables.setdefault(name, value)
 
     def saw_in_rehearsal(self, name: bytes, value: Optional[bytes]) -> None:
         if name not in self._own and self.line(sys._getframe(2), near=True):
@@ -144,10 +154,16 @@ class Recorder:
         self._own.add(name)  # each run does
 
     def saw_environment(self) -> None:
-        """All of it: a program that looks at it as a whole depends on everything. Libraries do so for subprocesses."""
-        line = self.line(sys._getframe(2), near=True)
+        """All of it: a program that looks at it as a whole depends on everything. Libraries do so for subprocesses, and
+        a few for what they go by."""
+        frame = sys._getframe(2)
+        line = self.line(frame, near=True)
         if line:
             self.refuse(f"it reads the whole environment{line}")
+        while os.path.basename(frame.f_code.co_filename) in _OF_ENVIRONMENT and frame.f_back:
+            frame = frame.f_back
+        if os.path.basename(frame.f_code.co_filename) != "subprocess.py":
+            self.noted.append(f"{frame.f_code.co_filename}, line {frame.f_lineno}, reads the whole environment")
 
     def _arguments(self) -> None:
         for name in ("argv", "orig_argv"):
@@ -191,7 +207,8 @@ class Recorder:
     def asked(self, fd: int) -> bool:
         if _active is not self:  # a program may have kept what asks
             return _isatty(fd)
-        self.terminal.add(fd)
+        if not _only_for_checks(sys._getframe(1)):
+            self.terminal.add(fd)
         return False
 
     def _reads_input(self, plain: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +241,37 @@ class Recorder:
             return setlocale(category, name)
 
         self._set(os, "getcwd", directory)
+        for name in ("stat", "lstat", "access"):
+            self._looks(name)
         self._set(locale, "setlocale", localized)
+
+    def _looks(self, name: str) -> None:
+        """Whether there is something of a relative name, and what, depends on the directory. (No audit event tells.)"""
+        plain = getattr(os, name)
+
+        def looks(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if _active is self and not isinstance(path, int) and kwargs.get("dir_fd") is None:
+                self._named(os.fspath(path))
+            return plain(path, *args, **kwargs)
+
+        self._set(os, name, looks)
+        for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids):
+            if plain in able:
+                able.add(looks)
+
+    def listed(self, path: Any) -> None:
+        """A directory's names: those of the one that it is in, if it says none."""
+        self._named("." if path is None else path)
+
+    def made_temporary(self, path: Any) -> None:
+        """By tempfile, and by a line of the pocket's own: what a library needs of that kind all runs can share."""
+        line = self.line(sys._getframe(2), near=True)
+        if line and isinstance(path, str):
+            self.temporary[path] = line
+
+    def left_temporary(self) -> Optional[str]:
+        """Of what is made in each run, the first that is there at the checkpoint."""
+        return next((f"{path}{line}" for path, line in self.temporary.items() if os.path.lexists(path)), None)
 
     def opened(self, path: Any, flags: int) -> None:
         """A file is about to be opened: its state is what the program will have seen."""
@@ -259,8 +306,16 @@ class Recorder:
 
     def made_directory(self, path: Any) -> None:
         name = self._named(path)
-        if name is not None and name.startswith(self.shown) and os.path.basename(name) != "__pycache__":
+        if name is None or os.path.basename(name) == "__pycache__":
+            return
+        if name.startswith(self.shown) or (name.startswith(self.scratch) and self.line(sys._getframe(2), near=True)):
             self.made.append(name)  # makedirs(exist_ok=True) is what programs do; each run would find it there
+
+    def connected(self, path: Any) -> None:
+        """sqlite3: what is done in a database is done once."""
+        name = self._named(path)
+        if name is not None and name.startswith(self.written):
+            self.refuse(f"it opens the database {name}{self.line(sys._getframe(1))}")
 
     def _named(self, path: Any) -> Optional[str]:
         if not isinstance(path, (str, bytes)):
@@ -284,7 +339,7 @@ class Recorder:
             name = frame.f_code.co_filename
             if name.startswith(self.tops):
                 return f" in {name}, line {frame.f_lineno}"
-            if near and os.path.basename(name) not in ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py"):
+            if near and os.path.basename(name) not in _OF_ENVIRONMENT:
                 steps += 1
                 if steps > 1:
                     return ""
@@ -314,6 +369,9 @@ class Recorder:
 
 
 _getcwd, _isatty = os.getcwd, os.isatty
+# Between whoever does something and us.
+_OF_ENVIRONMENT = ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py", "tempfile.py")
+_SIZE = (b"COLUMNS", b"LINES")
 _LOCALE = (b"LC_ALL", b"LC_CTYPE", b"LC_COLLATE", b"LC_TIME", b"LC_MONETARY", b"LC_NUMERIC", b"LC_MESSAGES", b"LANG")
 _INPUT = ("/dev/stdin", "/proc/self/fd/0")
 _ARGUMENTS = ("/proc/self/cmdline", "/proc/self/environ")
@@ -321,9 +379,22 @@ _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
 _LIBRARIES = tuple(f"{p}/" for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr", "/lib")))
 # sys.audit's events of what changes files, with what the program does then.
 _CHANGES = {
-    "os.remove": "removes", "os.rename": "renames", "os.rmdir": "removes", "os.link": "links", "os.symlink": "links",
+    "os.remove": "removes", "os.rename": "renames", "os.rmdir": "removes", "os.link": "makes", "os.symlink": "makes",
     "os.truncate": "truncates", "os.chmod": "changes", "os.utime": "changes",
 }  # fmt: skip
+
+
+def _only_for_checks(frame: Optional[FrameType]) -> bool:
+    """Whether argparse asks how wide its help would be, which it asks anew when it is to print some: its parser makes a
+    formatter to check each argument that it is told of."""
+    while frame is not None and os.path.basename(frame.f_code.co_filename) in _OF_SIZE:
+        if frame.f_code.co_name in ("add_argument", "add_subparsers"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_OF_SIZE = ("argparse.py", "shutil.py", *_OF_ENVIRONMENT)
 
 
 def _is_bytecode(path: str) -> bool:
@@ -350,6 +421,14 @@ def _heard(event: str, arguments: Tuple[Any, ...]) -> None:
         recorder.entered(arguments[0])
     elif event == "os.mkdir":
         recorder.made_directory(arguments[0])
+    elif event in ("os.listdir", "os.scandir"):
+        recorder.listed(arguments[0])
+    elif event in ("tempfile.mkdtemp", "tempfile.mkstemp"):
+        recorder.made_temporary(arguments[0])
+    elif event == "sqlite3.connect":
+        recorder.connected(arguments[0])
+    elif event in ("os.link", "os.symlink"):  # of the two names the one that is made
+        recorder.changed(arguments[1], _CHANGES[event])
     elif event in _CHANGES:
         recorder.changed(arguments[0], _CHANGES[event])
 

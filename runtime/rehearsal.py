@@ -20,7 +20,8 @@ import threading
 import time
 import warnings
 import weakref
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from nsutil import clone
 from runtime import carried, recorded, seeds
@@ -317,6 +318,15 @@ def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcom
 
 
 def _wait(child: clone.Child) -> int:
+    try:
+        return _ended(child)
+    except ChildProcessError:
+        raise Failed(
+            "the program ignores SIGCHLD, or waits for all children in a handler of it: how the sample ended is lost"
+        ) from None
+
+
+def _ended(child: clone.Child) -> int:
     if not select.select([child.pidfd], [], [], TIMEOUT)[0]:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
@@ -393,9 +403,22 @@ class Exits:
         return self._plain(function, *args, **kwargs)
 
 
-def settle_threads(seconds: float = 2.0) -> None:
-    """Let threads that the run started and that end by themselves end."""
+def settle_threads(before: Set[threading.Thread], tops: Tuple[str, ...], seconds: float = 2.0) -> None:
+    """Let threads that the run started and that end by themselves end. One that goes on in the pocket's own code would
+    be in each run, beside that which it starts; pools of libraries only wait. Raises Failed."""
     end = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(max(0.0, end - time.monotonic()))
+    for thread in set(threading.enumerate()) - before:
+        frame = sys._current_frames().get(thread.ident or 0)
+        lines = [f for f in _frames(frame) if f.f_code.co_filename.startswith(tops)]
+        if lines:
+            where = f"{lines[0].f_code.co_filename}, line {lines[0].f_lineno}"
+            raise Failed(f"the thread {thread.name} that it starts goes on in {where}, and would in each run")
+
+
+def _frames(frame: Optional[FrameType]) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

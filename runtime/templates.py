@@ -27,7 +27,7 @@ class Templates:
     fail: Callable[[Session, Error], None]
     born: Callable[[Session, int, int], None]
     over: Callable[[Session], None]
-    drain: Callable[[Template], bool]
+    hear_errors: Callable[[Template], None]
     drain_all: Callable[[Template], None]
     end_held: Callable[[Template], None]
     refuse_when_stopping: Callable[[], None]
@@ -60,7 +60,7 @@ class Templates:
             os.close(leaf)
         self.templates[number] = t
         self.watch(ours.fileno(), lambda: self.hear_template(t))
-        self.watch(out, lambda: self.drain(t))
+        self.hear_errors(t)
 
     def hear_template(self, t: Template) -> None:
         try:

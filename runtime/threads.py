@@ -2,7 +2,8 @@
 
 Ten pockets of half a processor each, with pools for a host of 64, spend their time waiting for each other's turns.
 Pools that a template has already are told by the library's own function; TensorFlow's, which is made when it is first
-used, by its configuration, which a program can still change.
+used, by its configuration, which a program can still change; libraries that a program loads itself, by the variables
+that they go by.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Optional
 
 # Functions that take a number of threads, by what the name of their library has in it.
 _SETTERS = {
@@ -45,6 +46,19 @@ def find() -> List[Setter]:
                 continue
             found += [getattr(library, function) for function in functions if hasattr(library, function)]
     return found
+
+
+# What those libraries go by that a program loads itself, by C's getenv.
+_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def hint(count: Optional[int]) -> None:
+    """Say so in the environment, that of C alone: to Python it is the caller's. After it was made the caller's."""
+    if not count or count >= (os.cpu_count() or 1):
+        return
+    for name in _VARIABLES:
+        if name not in os.environ:
+            os.putenv(name, str(count))
 
 
 def limit(count: int, setters: List[Setter]) -> None:

@@ -88,6 +88,7 @@ def run(
         sock = take_listening(start, given, sock, template.reopen)
         take_stdio(start, given, output)
         interpreter.adopt(start)
+        threads.hint(message.get("threads"))
         trace.mark("environment, directory, streams are its caller's")
         difference = "" if message.get("cold") else cold.reason(template.runtime, template.begin, start)
         if difference is not None:

@@ -254,6 +254,8 @@ def warm(options: Options) -> None:
     for what in reply.get("unsure", ()):
         later = "after the checkpoint" if reply["mode"] == "program" else "in a function that sessions call"
         print(f"{name}: its runs share the state of a {what}: make it {later}")
+    for what in reply.get("noted", ()):
+        print(f"{name}: {what}")
 
 
 def cool(options: Options) -> None:
