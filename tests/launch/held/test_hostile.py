@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import textwrap
+import time
 
 import pytest
 
@@ -172,3 +173,27 @@ def test_processes_that_it_makes_are_its_own(hold, other, when):
     if when == "after":
         assert wait_for(lambda: pocket.processes() == [pocket.template])
     unharmed(pocket, other)
+
+
+FLOOD = """
+import sys, threading, os
+def flood():
+    while True:
+        os.write(sys._pocketd_held.log, b"\\n" * 4096)
+threading.Thread(target=flood, daemon=True).start()
+here = None
+print("ran")
+"""
+
+
+def test_a_template_that_writes_to_the_services_log_without_end(hold, other):
+    """What others have said there is not gone before anybody could read it, and launches go on."""
+    witness = hold("print('this was said before')\nhere = None\nprint(1)\n", "here =")
+    witness.warm()
+    hostile = hold(FLOOD, "here =")
+    hostile.warm()
+    end = time.monotonic() + 4.0
+    while time.monotonic() < end:
+        assert other.pocket() == Ended(0, b"other True\n", b"")
+    assert "this was said before" in other.pocketd.pocket("logs", "plain").stdout
+    unharmed(hostile, other)
