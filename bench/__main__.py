@@ -2,7 +2,8 @@
 
 Every measure beside the monolith and beside its floor, in one run against a pocketd of its own. Writes results.json
 and plots to bench/results, and prints the ratios and which bars they reach. --quick does little of everything, to see
-that it works.
+that it works. With --only, what was measured before on this machine stays in results.json beside it, each part with the
+version that it was measured of.
 """
 
 from __future__ import annotations
@@ -46,32 +47,61 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = arguments.results / "results.json"
+    results = merged(file, results)
+    file.write_text(json.dumps(results, indent=1) + "\n")
     plots = plot.draw(results, arguments.results)
     print(show.text(results))
     print(f"\n{os.path.relpath(arguments.results)}: {', '.join(['results.json', *plots])}")
-    return int(any(part in results["missing"] for part in PARTS))
+    return int(any(part in results["missing"] for part in arguments.only))
 
 
 def run(wanted: Sequence[str], quick: bool) -> dict[str, Any]:
     """Measure what is wanted. Raises Trouble."""
-    began, load = time.time(), os.getloadavg()
+    parts: dict[str, Any] = {}
+    computer = machine()
     with tempfile.TemporaryDirectory(prefix="pocketd-bench-") as name:
         work = Path(name)
         work.chmod(0o755)
         made = Run(work, quick)
         for part in PARTS:
             if part in wanted:
+                began, load = time.time(), os.getloadavg()
                 made.part(part)
+                parts[part] = {
+                    "pocketd": computer["pocketd"],
+                    "seconds": round(time.time() - began),
+                    "load": [load[0], os.getloadavg()[0]],
+                    "real-time priority": made.undisturbed,
+                }
     written = {name: measure.wire() for name, measure in made.found.items()}
     return {
-        "machine": machine(),
+        "machine": computer,
         "quick": quick,
-        "load": {"before": load, "after": os.getloadavg(), "real-time priority": made.undisturbed},
-        "seconds": round(time.time() - began),
+        "parts": parts,
         "missing": made.missing,
         "bars": bars.reached(written),
         "measures": written,
+    }
+
+
+def merged(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """With what `file` has of parts that were not measured now, where it is of this machine."""
+    try:
+        before = json.loads(file.read_text())
+        parts = {part: told for part, told in before["parts"].items() if part not in results["parts"]}
+    except (OSError, ValueError, KeyError):
+        return results
+    same = {k: v for k, v in before["machine"].items() if k != "pocketd"}
+    if not parts or before["quick"] != results["quick"] or same.items() - results["machine"].items():
+        return results
+    measures = {**before["measures"], **results["measures"]}
+    return {
+        **results,
+        "parts": {**parts, **results["parts"]},
+        "missing": {**{k: v for k, v in before["missing"].items() if k in parts}, **results["missing"]},
+        "bars": bars.reached(measures),
+        "measures": measures,
     }
 
 

@@ -69,7 +69,7 @@ def bar_line(bar: dict[str, Any]) -> str:
 
 def page(results: dict[str, Any]) -> str:
     """docs/performance.md."""
-    m, load = results["machine"], results["load"]
+    m = results["machine"]
     lines = [
         "# Performance",
         "",
@@ -81,10 +81,16 @@ def page(results: dict[str, Any]) -> str:
         f"| memory | {m['memory'] / 1e9:.0f} GB |",
         f"| kernel, glibc | {m['kernel']}, {m['glibc']} |",
         f"| Python, TensorFlow, numpy | {m['python']}, {m['tensorflow']}, {m['numpy']} |",
-        f"| pocketd | {m['pocketd']} |",
-        f"| load average before, after | {load['before'][0]:.1f}, {load['after'][0]:.1f}, in {results['seconds']} s |",
-        f"| launches at real-time priority | {'yes' if load['real-time priority'] else 'no'} |",
+        "",
+        "| part | pocketd | seconds | load average before, after |",
+        "|---|---|---:|---:|",
+        *(
+            f"| {part} | {told['pocketd']} | {told['seconds']} | {told['load'][0]:.1f}, {told['load'][1]:.1f} |"
+            for part, told in results["parts"].items()
+        ),
     ]
+    if not all(told["real-time priority"] for told in results["parts"].values()):
+        lines.append("\nLaunches had no real-time priority, and were disturbed by what else ran.")
     lines += ["", "## Bars", "", "| | measured | bar | |", "|---|---:|---:|---|"]
     for bar in results["bars"]:
         verdict = "reached" if bar["reached"] else "**not reached**"

@@ -12,7 +12,7 @@ import socket
 import time
 from collections import defaultdict, deque
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
@@ -47,6 +47,7 @@ class Slot:
     pid: int = 0
     pidfd: int = -1
     oom_score: int = 0  # of its session's worker
+    begun: float = field(default_factory=time.monotonic)
     ready: bool = False
     gone: bool = False
     sock: socket.socket | None = None  # what it listens on, our end
@@ -82,6 +83,7 @@ class Slots:
         self.generation = generation
         self.by_id: dict[str, Slot] = {}
         self.waiting: dict[str, deque[Slot]] = {}
+        self.took: dict[str, float] = {}  # seconds from the asking for a slot until it waited, of each pocket's latest
         self.squeezed = False  # memory is short: none is made
         self._filling: dict[str, asyncio.TimerHandle] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -250,6 +252,7 @@ class Slots:
         operation = message.get("op")
         if operation == "waiting" and not slot.gone and not slot.ready:
             slot.ready = True
+            self.took[slot.pocket] = time.monotonic() - slot.begun
             self.waiting.setdefault(slot.pocket, deque()).append(slot)
             return
         if operation == "taken" or slot.taken is None:
@@ -361,3 +364,4 @@ class Slots:
             slot.leaf.close()
         self.by_id.clear()
         self.waiting.clear()
+        self.took.clear()

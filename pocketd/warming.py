@@ -101,8 +101,12 @@ def _service(daemon: Daemon, definition: Pocket) -> str | None:
 def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
     """Whether a pocket is held, for `pocket ps`: "rehearsed", "held", "holding", "cool", or "not held" with
     the reason."""
-    ready = sum(g.slots.count(definition.name) for s in daemon.services.values() for g in s.generations())
-    slots = {"slots": ready, "warm": definition.warm} if definition.warm else {"slots": None, "warm": 0}
+    generations = [g for s in daemon.services.values() for g in s.generations()]
+    ready = sum(g.slots.count(definition.name) for g in generations)
+    took = max((g.slots.took.get(definition.name, 0.0) for g in generations), default=0.0)
+    slots: dict[str, Any] = {"slots": None, "warm": 0, "slot_seconds": None}
+    if definition.warm:
+        slots = {"slots": ready, "warm": definition.warm, "slot_seconds": round(took, 4) or None}
     if not definition.is_held:
         return {"held": None, **slots}
     for service in daemon.services.values():

@@ -194,6 +194,8 @@ class Checkpointed(Held):
             why = rehearsal.difference(before, after)
             if why:
                 raise rehearsal.Failed(f"a run after the rehearsal is not as one before it: {why}")
+            if rehearsal.timed(before, after):
+                self.recorder.noted.append("its output has times in it, which the rehearsal's proof left out")
             self.uncover()
             self.pages = self.take_pages().here()
         except rehearsal.Failed as e:

@@ -6,6 +6,14 @@ import time
 from typing import Any
 
 
+def slots(p: dict[str, Any]) -> str:
+    """How many wait, of how many, and how many could be made anew in a second."""
+    if not p.get("warm"):
+        return "-"
+    rate = f", {1 / p['slot_seconds']:.0f}/s" if p.get("slot_seconds") else ""
+    return f"{p['slots']} of {p['warm']}{rate}"
+
+
 def table(reply: dict[str, Any]) -> str:
     """Services, their templates, pockets and workers, each with a heading line."""
     parts = [
@@ -29,7 +37,7 @@ def table(reply: dict[str, Any]) -> str:
                 (
                     *(p["name"], p["service"] or "-", p["state"], p["workers"], size(p.get("charged"))),
                     held(p),
-                    f"{p['slots']} of {p['warm']}" if p.get("warm") else "-",
+                    slots(p),
                 )
                 for p in reply["pockets"]
             ],

@@ -317,3 +317,28 @@ def test_it_is_made_anew_and_rehearsed_when_the_sample_changes(hold):
     assert pocket.pocket("s").out == b"two\n"
     assert wait_for(lambda: pocket.row()["held"] == "rehearsed")
     assert pocket.from_held("s").out == b"two\n"
+
+
+TIMED = """
+import sys, time
+def main():
+    begun = time.perf_counter()
+    total = sum(range(20000))
+    took = time.perf_counter() - begun
+    print(f"1/1 ---- 0s {1e3 * took:.3f}ms/step - {took:.6f} s")
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), f"{took * 1e6:.2f} us", file=sys.stderr)
+    print(total, sys.argv[1:], EXTRA)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "extra, rehearsed", [("'x'", True), ("time.perf_counter()", False), ("seen.append(1) or len(seen)", False)]
+)
+def test_times_that_a_program_prints_are_not_compared(hold, extra, rehearsed):
+    """As model.predict() does. Any other number is."""
+    pocket = hold(f"seen = []{TIMED.replace('EXTRA', extra)}", "main", rehearse=["s"])
+    warm = pocket.warm()
+    assert warm["rehearsed"] is rehearsed
+    assert warm["noted"] == (["its output has times in it, which the rehearsal's proof left out"] if rehearsed else [])
+    assert pocket.from_held("a").out.splitlines()[1].startswith(b"199990000 ['a']")
