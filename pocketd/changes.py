@@ -33,6 +33,7 @@ class Changes:
         tops: list[str] = []
         if definition.is_held:
             tops = [directory, *(str(m.source) for m in definition.mounts if not m.writable)]
+        above = {os.path.dirname(path) for path in apart}
         apart += [source for source in (directory, *sources) if source not in tops]
 
         def changed(path: str) -> None:
@@ -50,7 +51,7 @@ class Changes:
             elif present.warm:
                 self.generation.slots.fill_later(name, 0.0)
 
-        self._watches[name] = daemon.files.watch(name, tops, apart, changed, quiet, QUIET)
+        self._watches[name] = daemon.files.watch(name, tops, apart, above, changed, quiet, QUIET)
 
     def names(self) -> set[str]:
         return set(self._watches)

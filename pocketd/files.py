@@ -25,12 +25,14 @@ class Watch:
     """What is watched together. `changed(path)` is called when something changes, `quiet()` when it is over.
 
     `tops`: files and directories; `apart`: those in them, or elsewhere, of which only counts that another file, or
-    none, has their name: what was shown of them is not what is there then.
+    none, has their name: what was shown of them is not what is there then. `above`: directories in which such a name is
+    looked for, as it may not be there yet.
     """
 
     name: str
     tops: tuple[str, ...]
     apart: frozenset[str]
+    above: frozenset[str]
     changed: Callable[[str], None]
     quiet: Callable[[], None]
     seconds: float  # without a change until `quiet`
@@ -81,13 +83,14 @@ class Files:
         name: str,
         tops: Iterable[str],
         apart: Iterable[str],
+        above: Iterable[str],
         changed: Callable[[str], None],
         quiet: Callable[[], None],
         seconds: float,
     ) -> Watch:
         """Watch the directories that there are, until `forget`: one that is made later is a change of the one above it,
         and whoever goes on from there watches anew. What cannot be watched is said in an event, and is no error."""
-        watch = Watch(name, tuple(tops), frozenset(apart), changed, quiet, seconds)
+        watch = Watch(name, tuple(tops), frozenset(apart), frozenset(above), changed, quiet, seconds)
         self._watches.append(watch)
         self._add(watch)
         return watch
@@ -97,7 +100,7 @@ class Files:
             if self._inotify is None:
                 self._inotify = Inotify()
                 asyncio.get_running_loop().add_reader(self._inotify.fileno(), self.look)
-            for directory in watch.find():
+            for directory in (*watch.find(), *watch.above):
                 if directory not in watch.directories:
                     self._inotify.add(directory)
                     watch.directories.add(directory)

@@ -118,9 +118,9 @@ class Slots:
     def _good(self, slot: Slot, definition: Pocket) -> bool:
         if slot.gone or slot.definition != definition or slot.parent.stale:
             return False
-        if slot.held and (slot.parent.parent is None or slot.parent.parent.stale):
-            return False  # the service's libraries are others now
         holder = self.generation.held.current.get(definition.name)
+        if holder and (holder.parent is None or holder.parent.stale):
+            return False  # the service's libraries are others now
         # Once the pocket is held, slots that come from the root template are of an older kind.
         return holder is None or not holder.ready or slot.held == holder.number
 

@@ -68,7 +68,9 @@ class Held:
         tops = tuple(f"{top}/" for top in {orders["directory"], os.path.realpath(orders["directory"]), "/pocket"})
         scratch = tuple(f"{top}/" for top in ("/tmp", "/dev/shm", *orders["homes"]))
         shown = *tops, *(f"{place['target']}/" for place in orders["mounts"])
-        written = tuple(f"{place['target']}/" for place in orders["mounts"] if place["writable"])
+        written = tuple(
+            f"{name}/" for place in orders["mounts"] if place["writable"] for name in (place["target"], place["alias"])
+        )
         advice = f"{self.words.before}; {self.words.instead}"
         self.recorder = recorded.Recorder(tops, scratch, shown, written, advice, self.is_program)
         self.pid = os.getpid()

@@ -119,7 +119,8 @@ class Init(Templates, Holding, Slots, Output):
 
     def patience(self) -> float:
         waiting = [s.deadline for s in self.sessions.values() if not s.pid and s.deadline < NEVER]
-        waiting += [one.resting for one in (*self.sessions.values(), *self.templates.values()) if one.resting < NEVER]
+        waiting += [s.resting for s in self.sessions.values() if s.resting < NEVER]
+        waiting += [t.resting for t in self.templates.values() if t.resting < NEVER]
         if self.stopping is not None:
             waiting.append(self.stopping)
         return max(0.0, min(waiting) - time.monotonic()) if waiting else -1

@@ -106,6 +106,12 @@ class Recorder:
         global _active
         _active = None
         self._undo_all()
+        self.made = [path for path in self.made if os.path.isdir(path)]
+        for path in list(self.files):  # its own are as it has left them
+            if path.startswith(self.scratch) and not path.startswith(self.shown):
+                self.files[path] = identity(path)
+                if not any(self.files[path]):
+                    del self.files[path]
         self._plain_arguments()
         self._forget_generated()
         self._libraries()

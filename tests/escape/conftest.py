@@ -53,7 +53,7 @@ def daemon(place: Path) -> Iterator[Pocketd]:
     subprocess.run(made, check=True, timeout=TIMEOUT)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     shutil.copy(ROOT / "tests/escape/inside/resident.py", place / "env/lib" / version / "site-packages")
-    for name in ("hosted", "writer", "held"):
+    for name in ("hosted", "writer", "held", "slotted", "called", "early"):
         copy_program(place / name)
     (place / "pocketd").mkdir(mode=0o700)
     daemon = Pocketd(
@@ -79,6 +79,25 @@ def daemon(place: Path) -> Iterator[Pocketd]:
         dir = "{place}/held"
         program = "app.py"
         checkpoint = "main"
+
+        [pocket.slotted]
+        service = "plain"
+        dir = "{place}/slotted"
+        program = "app.py"
+        checkpoint = "main"
+        warm = 1
+
+        [pocket.called]
+        service = "plain"
+        dir = "{place}/called"
+        preload = ["{PROGRAM}"]
+
+        [pocket.early]
+        service = "plain"
+        dir = "{place}/early"
+        program = "app.py"
+        checkpoint = "main"
+        allow = {{ write = ["out"] }}
 
         [pocket.writer]
         service = "plain"
