@@ -140,7 +140,7 @@ class Templates:
     def _environment(self) -> dict[str, str]:
         # Libraries that find no home make one in /tmp and remove it at exit, which in a worker is another /tmp. Huge
         # pages halve what a fork of a template costs.
-        env = {**spawn.BARE, "HOME": "/tmp", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        env = {**spawn.BARE, "HOME": "/tmp", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"}
         # What pocketd itself was started with counts where the runtime reads it, as for any program started there.
         definition = self.generation.definition
         runtime = runtimes.get(definition.runtime)
