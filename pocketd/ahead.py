@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pocketd.held import Holder
 
 # A run's template or slot could not serve it, and another way may.
-_ANOTHER_WAY = ("held", "outdated", "no-template")
+_ANOTHER_WAY = ("held", "unlike", "outdated", "no-template")
 
 
 @dataclass
@@ -62,10 +62,11 @@ class Launching:
         session = self._session(slot.leaf, slot.held)
         session.pid = slot.pid
         self.marks.append(("pocketd has a slot", time.monotonic()))
-        done = await self._tried(session, slots.assign(slot, session.id, session.note, self.given, self.marks))
-        if slot.held:
-            self._remember(self.generation.held.by_number.get(slot.held), done)
-        return self._started(session, "slot") if done else None
+        why = await self._tried(session, slots.assign(slot, session.id, session.note, self.given, self.marks))
+        self._refused = why == "unlike"
+        if slot.held and why in (None, "unlike"):
+            self._remember(self.generation.held.by_number.get(slot.held), why is None)
+        return self._started(session, "slot") if why is None else None
 
     def _in_vain(self, holder: Holder | None) -> bool:
         """Whether this user's launches have been refused by a template, so that this one goes another way at once."""
@@ -73,7 +74,6 @@ class Launching:
         return self._refused
 
     def _remember(self, holder: Holder | None, done: bool) -> None:
-        self._refused = not done
         if holder:
             holder.used = time.monotonic()
             holder.served(self.peer.uid, done)
@@ -92,9 +92,9 @@ class Launching:
             return None
         session = self._session(holder.leaf(str(self.request["session"])), holder.number)
         self.marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
-        done = await self._tried(session, held.introduce(holder, session, self.given, self.marks))
-        self._remember(holder, done)
-        return self._started(session, "held") if done else None
+        why = await self._tried(session, held.introduce(holder, session, self.given, self.marks))
+        self._remember(holder, why is None)
+        return self._started(session, "held") if why is None else None
 
     def _session(self, leaf: Cgroup, held: int | None) -> Session:
         plan, identity = self.plan, str(self.request["session"])
@@ -111,7 +111,8 @@ class Launching:
         session = self.generation.sessions[identity] = Session(identity, plan.name, note, leaf, 0, time.time())
         return session
 
-    async def _tried(self, session: Session, launching: Coroutine[Any, Any, None]) -> bool:
+    async def _tried(self, session: Session, launching: Coroutine[Any, Any, None]) -> str | None:
+        """None when it is launched; else the code of the error for which it is to go another way."""
         generation = self.generation
         try:
             await launching
@@ -122,11 +123,11 @@ class Launching:
             if e.code == "outdated":
                 generation.held.outdated(session.pocket, session.note.get("held"), e.message)
             events.emit("launch-not-held", service=generation.name, pocket=session.pocket, why=e.message)
-            return False
+            return e.code
         except BaseException:
             await generation.drop_session(session)
             raise
-        return True
+        return None
 
     def _started(self, session: Session, way: str) -> Session:
         session.started = time.time()

@@ -263,7 +263,7 @@ class Slots:
             return
         asyncio.get_running_loop().remove_reader(slot.sock)  # closed when init has let go of it: it waits for that
         said = Error.unwire(message.get("error"))
-        slot.answer(Error("outdated" if said.code == "outdated" else "held", said.message[:1000]))
+        slot.answer(Error("outdated" if said.code == "outdated" else "unlike", said.message[:1000]))
 
     # -- handed out
 
