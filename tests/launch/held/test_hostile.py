@@ -3,14 +3,15 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import collections
 import subprocess
 import textwrap
 import time
 
 import pytest
 
-from tests.conftest import TIMEOUT, wait_for
 from runtime.output import LOG_RATE
+from tests.conftest import TIMEOUT, wait_for
 from tests.launch.both import Ended, finish
 from tests.launch.held.pocket import Pocket, popen
 
