@@ -42,7 +42,7 @@ def parse_mountinfo(text: str) -> Mount | None:
     """
     found: Mount | None = None
     legacy: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) < 6 or len(kind) < 3:
@@ -165,8 +165,8 @@ def path_of(pid: int | str) -> str:
     Raises OSError when the process is gone, NoCgroup2 when the kernel shows none.
     """
     with open(f"/proc/{pid}/cgroup", "rb") as file:
-        for line in os.fsdecode(file.read()).splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0" and not controllers:
-                return path
+        # Not by str.splitlines(): what else ends a line to it (U+2028, \x0b) may stand in the name of a cgroup.
+        for line in file.read().split(b"\n"):
+            if line.startswith(b"0::"):
+                return os.fsdecode(line[3:])
     raise NoCgroup2("the kernel shows no cgroup2 membership for the process")

@@ -8,6 +8,7 @@ import secrets
 import pytest
 
 from cgroup.hierarchy import Hierarchy, Mount, parse_mountinfo, path_of
+from cgroup.node import Cgroup
 
 UNIFIED = "26 20 0:23 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot\n"
 HYBRID = (
@@ -48,6 +49,11 @@ def test_a_read_only_mount_and_a_bound_part_are_passed_over():
 def test_a_mount_point_with_a_space_is_decoded():
     found = parse_mountinfo("26 20 0:23 / /my\\040cgroup rw - cgroup2 none rw\n")
     assert found is not None and found.path == "/my cgroup"
+
+
+def test_a_mount_point_ends_no_line():
+    found = parse_mountinfo("26 20 0:23 / /my\u2028cgroup rw - cgroup2 none rw\n")
+    assert found is not None and found.path == "/my\u2028cgroup"
 
 
 def test_the_hierarchy_found_is_the_kernels(hierarchy):
@@ -95,6 +101,20 @@ def test_a_process_is_found_by_the_path_that_the_kernel_shows(base, hierarchy, s
         assert path_of(pid) == leaf.kernel_path
         with hierarchy.open(path_of(pid)) as found:
             assert found.procs == (pid,)
+
+
+def test_a_line_is_what_ends_by_a_newline_and_nothing_else(base, hierarchy, sleeper):
+    """The kernel refuses that one character in a name; whoever has a cgroup delegated chooses all others."""
+    name = "x\u20280::\x0b\x85"
+    with base.create("leaf") as leaf:
+        os.mkdir(f"{leaf.directory}/{name}")
+        try:
+            with Cgroup(f"leaf/{name}", base) as forging:
+                assert path_of(sleeper(forging)) == f"{leaf.kernel_path}/{name}"
+        finally:
+            leaf.kill()
+            leaf.wait_empty(10)
+            os.rmdir(f"{leaf.directory}/{name}")
 
 
 def test_missing_controllers_are_refused_by_name_and_offered_ones_are_not(base, hierarchy):
