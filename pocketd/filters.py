@@ -2,8 +2,9 @@
 
 The list began as what podman and docker allow a container without capabilities (containers/common, seccomp.json), less
 what such a worker has no use for: mounts, namespaces, tracing, other processes' memory and descriptors, keyrings,
-io_uring. Where an argument decides, the rule says which values are let through; `openat2`, `clone3` and io_uring pass
-theirs in memory, where no filter sees them, so they are answered as by a kernel that lacks them, and libc falls back.
+io_uring, and the older io_setup and its like, as all users share one count of what they may have (fs.aio-max-nr). Where
+an argument decides, the rule says which values are let through; `openat2`, `clone3` and io_uring pass theirs in memory,
+where no filter sees them, so they are answered as by a kernel that lacks them, and libc falls back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ _FILES = """
     preadv2 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2
     rmdir sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range syncfs tee truncate umask
     unlink unlinkat utime utimensat utimes write writev name_to_handle_at
-    io_cancel io_destroy io_getevents io_setup io_submit
 """
 _MEMORY = """
     brk madvise mbind membarrier memfd_create mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock

@@ -25,6 +25,7 @@ FILTERED = {
     "request_key": Attempt("calls.request_a_key", EPERM),
     "userfaultfd": Attempt("calls.handle_faults", EPERM),
     "io_uring_setup": Attempt("calls.make_a_ring", ENOSYS),
+    "io_setup": Attempt("calls.make_an_aio_context", ENOSYS),
     "perf_event_open": Attempt("calls.count_events", EPERM, "root"),
     "fanotify_init": Attempt("calls.hear_of_files", EPERM),
     "quotactl": Attempt("calls.ask_for_quotas", EPERM),

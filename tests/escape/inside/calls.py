@@ -100,6 +100,13 @@ def make_a_ring() -> bool:
     return True
 
 
+def make_an_aio_context() -> bool:
+    context = ctypes.c_ulong(0)
+    call("io_setup", 1, ctypes.byref(context))
+    call("io_destroy", context.value)
+    return True
+
+
 def count_events() -> bool:
     # struct perf_event_attr: type software, size, config cpu-clock; disabled, exclude_kernel, exclude_hv
     attributes = struct.pack("IIQ24xQ64x", 1, 112, 0, 1 | 1 << 5 | 1 << 6)

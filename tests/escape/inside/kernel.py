@@ -19,6 +19,7 @@ _BOTH: dict[str, tuple[int, int | None]] = {
     "chroot": (161, 51), "clock_settime": (227, 112), "clone": (56, 220), "creat": (85, None),
     "fanotify_init": (300, 262),
     "fchmod": (91, 52), "fchmodat": (268, 53), "getpid": (39, 172), "init_module": (175, 105), "ioprio_set": (251, 30),
+    "io_destroy": (207, 1), "io_setup": (206, 0),
     "kcmp": (312, 272), "keyctl": (250, 219), "kill": (62, 129), "mkdir": (83, None), "mkdirat": (258, 34),
     "mknod": (133, None), "mknodat": (259, 33), "mount": (165, 40), "move_pages": (279, 239),
     "name_to_handle_at": (303, 264),
