@@ -6,13 +6,13 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from cgroup.node import Cgroup
 from nsutil import messages
 from pocketd import environment, filters, spawn, wire
 from pocketd.definitions import ModelFile, Service
-from pocketd.host import Host
 from pocketd.wire import Error, Message
 
 # A template imports our code from where the container shows it, and drops the path again.
@@ -22,15 +22,18 @@ _BOOT = (
 )
 
 
-async def make(definition: Service, host: Host, leaf: Cgroup, place: Path, log_path: Path) -> list[str] | None:
-    """Make the container: PID 1 in `leaf`, listening on `place`/init.sock, logging to `log_path`.
+async def make(
+    definition: Service, models: Mapping[str, str], leaf: Cgroup, place: Path, log_path: Path
+) -> list[str] | None:
+    """Make the container: PID 1 in `leaf`, listening on `place`/init.sock, logging to `log_path`. `models`: where those
+    that are files have their copies; those of other services are not shown.
 
     Returns the command of the service's root template; None where it needs none of the root file system's (`exec`).
     Raises Error with what the container said.
     """
     words, shown = await command(definition)
-    if any(isinstance(m, ModelFile) for m in definition.models.values()):
-        shown.append(str(host.models))
+    files = [models[name] for name, model in definition.models.items() if isinstance(model, ModelFile)]
+    shown += sorted({os.path.dirname(path) for path in files})
     root = place / "root"
     root.mkdir(parents=True, exist_ok=True)
     ours, theirs = messages.pair()

@@ -106,7 +106,7 @@ class Generation:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         async with self.host.scopes.making(self.scope_name, self.definition.stop_timeout) as self.tree:
             with self.tree.create("init") as leaf:
-                self.command = await containers.make(self.definition, self.host, leaf, self.place, self.log_path)
+                self.command = await containers.make(self.definition, self.models, leaf, self.place, self.log_path)
         self.tree.enable(CONTROLLERS)
         for part in ("templates", "pockets"):
             with self.tree.create(part) as child:

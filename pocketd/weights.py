@@ -45,7 +45,7 @@ def _make(source: Path, directory: Path) -> Path:
         before = _identity(source)
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
         try:
-            digest = hashlib.sha256()
+            digest = hashlib.sha256(os.fsencode(source.name) + b"\0")  # the copy has it, too
             for path in _files(source):
                 target = temporary / source.name / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -236,6 +236,33 @@ def test_a_deployed_model_is_a_private_copy(own_pocketd, app, tmp_path):
     assert list(copies.iterdir()) == []
 
 
+def test_a_service_is_shown_the_copies_of_its_own_models_alone(own_pocketd, tmp_path):
+    """Two files of one content are two copies: none is taken away for the other's sake."""
+    pytest.importorskip("onnxruntime")
+    for name, content in {"one": TWO, "same": TWO, "two": TWO.replace(b"Mul", b"Sub")}.items():
+        (tmp_path / f"{name}.onnx").write_bytes(content)
+    models = {"first": ["one"], "second": ["same", "two"]}
+    daemon = own_pocketd(
+        "".join(
+            f"""
+            [service.{service}]
+            runtime = "python"
+            preload = ["onnxruntime"]
+            env = {toml_table(service_environment())}
+            models = {toml_table({name: f"{tmp_path}/{name}.onnx" for name in names})}
+            """
+            for service, names in models.items()
+        )
+    )
+    for service in models:
+        daemon.pocket(service, "on")
+    for service in daemon.ps()["services"]:
+        shown = list(Path(f"/proc/{service['pid']}/root{daemon.state_dir}/models").glob("*/*"))
+        assert sorted(path.stem for path in shown) == models[service["name"]]
+        with pytest.raises(OSError, match="Read-only"):
+            os.open(shown[0], os.O_WRONLY)
+
+
 def test_a_template_is_stale_when_a_file_it_imported_changes(daemon, environment):
     """New logins get the new version and nothing of the old; a session that runs keeps what it has imported."""
     with enter(daemon) as old:
