@@ -12,20 +12,23 @@ import struct
 from dataclasses import dataclass
 from typing import Iterable, Sequence
 
-from nsutil.syscalls import SYS_CLOSE_RANGE, libc, syscall
+from nsutil.syscalls import SYS_CLOSE_RANGE, check, libc, syscall
 
 # asm-generic/socket.h; 6.5 and later
 SO_PEERPIDFD = 77
+SO_PEERGROUPS = 59  # 4.13 and later
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Who connected a unix socket. `pidfd` is the caller's to close; `pid` is as this process sees it."""
+    """Who connected a unix socket. `pidfd` is the caller's to close; `pid` is as this process sees it. `groups`: the
+    supplementary ones that it had then."""
 
     pid: int
     uid: int
     gid: int
     pidfd: int
+    groups: tuple[int, ...] = ()
 
 
 class Gone(Exception):
@@ -34,19 +37,20 @@ class Gone(Exception):
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Pid, uid and gid of who connected `sock`, as they were then (unix(7), SO_PEERCRED)."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid, gid
 
 
 def peer(sock: socket.socket) -> Peer:
-    """The process that connected `sock`, held by a pidfd. Raises Gone.
+    """The process that connected `sock`, held by a pidfd. Raises Gone, OSError.
 
     Before SO_PEERPIDFD (6.5) the pid is opened and checked to have been the same process before and after.
     """
     pid, uid, gid = credentials(sock)
+    groups = groups_of(sock)
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
-        return Peer(pid, uid, gid, struct.unpack("i", raw)[0])
+        return Peer(pid, uid, gid, struct.unpack("i", raw)[0], groups)
     except OSError:
         pass
     before = start_time(pid)
@@ -57,7 +61,18 @@ def peer(sock: socket.socket) -> Peer:
     if start_time(pid) != before:
         os.close(fd)
         raise Gone(f"process {pid} is another one by now")
-    return Peer(pid, uid, gid, fd)
+    return Peer(pid, uid, gid, fd, groups)
+
+
+def groups_of(sock: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups of who connected `sock`, as they were then. Raises OSError."""
+    size = ctypes.c_uint(0)
+    # The first call says how many bytes they take (ERANGE). By libc, since Python's own gives 1024 at most.
+    libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, None, ctypes.byref(size))
+    found = (ctypes.c_uint * (size.value // 4))()
+    result = libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, found, ctypes.byref(size))
+    check(result, "getsockopt SO_PEERGROUPS")
+    return tuple(found)
 
 
 def start_time(pid: int) -> int:

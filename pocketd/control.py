@@ -15,6 +15,7 @@ import socket
 import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nsutil import messages, processes
@@ -187,7 +188,7 @@ class Connection:
     def _release(self) -> None:
         if self.peer.pidfd >= 0:
             os.close(self.peer.pidfd)
-            self.peer = processes.Peer(self.peer.pid, self.peer.uid, self.peer.gid, -1)
+            self.peer = replace(self.peer, pidfd=-1)
             self._share.connections -= 1
             self._gone(self)
 

@@ -27,31 +27,38 @@ def check_may_use(service: Service, peer: processes.Peer) -> None:
 
 
 def named(allowed: Collection[str], peer: processes.Peer) -> bool:
-    """Whether the caller is root, or named: as itself, by a group, or by the cgroup that the kernel has it in."""
+    """Whether the caller is root, or named: as itself, by a group that it had when it connected, or by the cgroup that
+    the kernel has it in. Names of the definition are looked up; of the caller only what the kernel says counts."""
     if peer.uid == 0:
         return True
-    try:
-        user = pwd.getpwuid(peer.uid)
-    except KeyError:
-        user = None
-    if user and user.pw_name in allowed:
-        return True
-    if user and any(word.startswith("@") for word in allowed):
-        groups = {f"@{_group(gid)}" for gid in os.getgrouplist(user.pw_name, user.pw_gid)}
-        if groups & set(allowed):
+    places = []
+    for word in allowed:
+        if word.startswith("cgroup:"):
+            places.append(word.partition(":")[2].rstrip("/"))
+        elif word.startswith("@"):
+            if _gid(word[1:]) in (peer.gid, *peer.groups):
+                return True
+        elif _uid(word) == peer.uid:
             return True
-    places = [word.partition(":")[2].rstrip("/") for word in allowed if word.startswith("cgroup:")]
     if not places:
         return False
     found = cgroup_of(peer)
     return any(found == place or found.startswith(f"{place}/") for place in places)
 
 
-def _group(gid: int) -> str:
+def _uid(name: str) -> int | None:
     try:
-        return grp.getgrgid(gid).gr_name
+        return pwd.getpwnam(name).pw_uid
     except KeyError:
-        return str(gid)
+        return None
+
+
+def _gid(name: str) -> int | None:
+    """A group's number; it may be named by that where it has no name."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return int(name) if name.isascii() and name.isdigit() else None
 
 
 def cgroup_of(peer: processes.Peer) -> str:

@@ -51,7 +51,7 @@ async def callers_files(
     shown = _Shown(identities, uid, stack)
     if "dir" not in given:
         raise Error("bad-request", "an ad hoc run sends its directory")
-    foreign = not _same_mounts(peer.pidfd, peer.pid)
+    foreign = not _same_mounts(peer)
     directory = str(request.get("path")) if foreign else os.readlink(f"/proc/self/fd/{given['dir']}")
     _refuse(directory)
     shown.add(await trees.make_of(peer, given["dir"], writable=True), directory, True, "/pocket")
@@ -113,8 +113,11 @@ def _refuse(directory: str) -> None:
         raise Error("directory", f"{directory} cannot be a pocket's directory: it {why}. Choose another by --dir")
 
 
-def _same_mounts(pidfd: int, pid: int) -> bool:
+def _same_mounts(peer: processes.Peer) -> bool:
     try:
-        return os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/self/ns/mnt").st_ino
-    except OSError:
-        raise Error("gone", "the caller has ended") from None
+        theirs, ours = os.stat(f"/proc/{peer.pid}/ns/mnt"), os.stat("/proc/self/ns/mnt")
+        if processes.pid_of(peer.pidfd) == peer.pid:  # still there, so the pid was its own when it was looked at
+            return theirs.st_ino == ours.st_ino
+    except (OSError, processes.Gone):
+        pass
+    raise Error("gone", "the caller has ended")

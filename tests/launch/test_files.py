@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import service_environment, toml_table
+from nsutil.processes import Peer
+from pocketd import shown
+from pocketd.wire import Error
+from tests.conftest import TIMEOUT, service_environment, toml_table
 from tests.launch.both import Both
 
 
@@ -315,3 +319,14 @@ def test_what_is_not_the_directorys_owners_is_not_shown_to_be_written(own_pocket
     (app / "app.py").write_text("print(open('/pocket/out').read())")
     done = daemon.pocket("app", check=False)
     assert done.returncode == 125 and "does not belong to that directory's owner" in done.stderr, done
+
+
+def test_mounts_of_a_process_that_has_the_callers_pid_by_now_are_not_the_callers():
+    ended = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(ended.pid)
+    ended.wait(TIMEOUT)
+    try:
+        with pytest.raises(Error, match="has ended"):
+            shown._same_mounts(Peer(os.getpid(), 0, 0, pidfd))
+    finally:
+        os.close(pidfd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import pwd
@@ -270,8 +271,9 @@ def test_the_kernels_word_on_a_worker(p, begun):
 # -- who may log in
 
 
-def by(daemon, user, *words, cgroup=None):
-    """`pocket` as another user, who may connect as one of the group `pocket` may, perhaps from a cgroup."""
+def by(daemon, user, *words, cgroup=None, gid=None, groups=()):
+    """`pocket` as another user, who may connect as one of the group `pocket` may, perhaps from a cgroup, and with these
+    groups by their numbers."""
 
     def enter():
         if cgroup:
@@ -282,7 +284,8 @@ def by(daemon, user, *words, cgroup=None):
     for above in (daemon.place, *daemon.place.parents):
         if above.stat().st_mode & 0o5 != 0o5:
             above.chmod(0o755)
-    as_user = ["setpriv", f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--clear-groups", "--"]
+    having = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+    as_user = ["setpriv", f"--reuid={user}", f"--regid={gid or pwd.getpwnam(user).pw_gid}", having, "--"]
     return subprocess.run([*as_user, *daemon.command(*words)], preexec_fn=enter, **options)
 
 
@@ -330,6 +333,30 @@ def test_a_pocket_for_whoever_stands_in_a_cgroup(own_pocketd, tmp_path, cgroup):
     assert by(daemon, "daemon", "p", cgroup=cgroup / "beneath").stdout == "run\n"
     refused = by(daemon, "daemon", "p")
     assert refused.returncode == 125 and "you may not run p" in refused.stderr
+
+
+def test_a_pocket_for_whoever_has_a_group_by_the_kernels_word(own_pocketd, tmp_path):
+    """What a process has counts, and not what a database has for its user: one can be without the other."""
+    place = tmp_path / "app"
+    place.mkdir()
+    (place / "app.py").write_text("print('run')")
+    daemon = own_pocketd(f"""
+        [service.plain]
+        runtime = "python"
+        env = {toml_table(service_environment())}
+
+        [pocket.p]
+        service = "plain"
+        dir = "{place}"
+        program = "app.py"
+        may_run = ["@games", "@54399"]
+    """)
+    games, many = grp.getgrnam("games").gr_gid, range(60_000, 60_400)
+    for groups in ([games], [54399], [*many, games]):
+        assert by(daemon, "nobody", "p", groups=groups).stdout == "run\n"
+    assert by(daemon, "games", "p").stdout == "run\n"  # as its own group
+    for refused in (by(daemon, "nobody", "p", groups=many), by(daemon, "games", "p", gid=many[0])):
+        assert refused.returncode == 125 and "you may not run p" in refused.stderr
 
 
 def test_a_pocket_that_shares_nothing(p):
