@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsutil import messages, processes
 from nsutil.messages import DescriptorsLost, Fds, MessageError, short_name
-from pocketd import apart, events, launch, observe, rights, tuning, warming, wire, witness
+from pocketd import apart, events, launch, observe, rights, subordinates, tuning, warming, wire, witness
 from pocketd.definitions import describe
 from pocketd.link import Link
 from pocketd.wire import Error, Message
@@ -43,7 +43,7 @@ _ACCEPTED, _ACCEPTING = 16, 0.002  # connections in one turn of the loop, and se
 
 
 class Share:
-    """What the callers of one uid have of pocketd."""
+    """What the callers of one uid, and of its subordinate ones, have of pocketd."""
 
     def __init__(self, uid: int):
         self.uid = uid
@@ -482,7 +482,7 @@ class Control:
             self._take(sock)
 
     def _take(self, sock: socket.socket) -> None:
-        _, uid, _ = processes.credentials(sock)
+        uid = subordinates.owner_of(processes.credentials(sock)[1])
         share = self._share(uid)
         limit = CONNECTIONS if uid == 0 else CONNECTIONS - RESERVED
         if share.full() or share.late() or len(self.connections) >= limit:
