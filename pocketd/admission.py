@@ -1,4 +1,5 @@
-"""Admission by memory: a launch that this host cannot hold waits its turn, or is refused in words.
+"""Admission: a launch waits its turn, or is refused in words, where this host's memory cannot hold it; and where its
+user has as many sessions as one may have.
 
 The host's word is MemAvailable (proc_meminfo(5)) and its pressure stall information (kernel document
 accounting/psi). What pockets were promised by memory.low and have not used yet is not available to others, nor is the
@@ -11,13 +12,16 @@ import asyncio
 import re
 import select
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cgroup.node import Cgroup
 from cgroup.pressure import stalled
 from pocketd import events
+from pocketd.subordinates import owner_of
 from pocketd.wire import Error
 
 if TYPE_CHECKING:
@@ -34,6 +38,32 @@ class Admission:
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
         self._line: list[object] = []  # those who wait, first come, first served
+        self._launching: dict[str, int] = {}  # sessions that are not there yet, and their users
+
+    @contextmanager
+    def launching(self, identity: str, user: int) -> Iterator[None]:
+        """While a session is being launched: no other gets its identity, and it is one of those that its user may have,
+        who is not counted where that is root. Raises Error."""
+        if identity in self._launching:
+            raise Error("bad-request", "that session is being launched")
+        most = self.daemon.config.admission.sessions
+        if user and self._sessions(user) >= most:
+            raise Error(
+                "too-many",
+                f"you have {most} sessions, as many as one user may have at once; end some (pocket ps, pocket stop) or "
+                "ask root to raise sessions in [admission] of pocketd.conf",
+            )
+        self._launching[identity] = user
+        try:
+            yield
+        finally:
+            del self._launching[identity]
+
+    def _sessions(self, user: int) -> int:
+        """How many a user has, those that are being launched among them."""
+        known = (s.note.get("caller", 0) for _, s in self.daemon.sessions() if s.id not in self._launching)
+        of_uids = Counter([*known, *self._launching.values()])
+        return sum(count for uid, count in of_uids.items() if owner_of(uid) == user)
 
     async def admit(self, name: str, limits: Mapping[str, str], progress: Callable[[str], None], hold: int) -> None:
         """Return when there is room for a worker of pocket `name`. Raises Error("host-memory") when there is not.

@@ -150,12 +150,13 @@ class Pocket:
 
 @dataclass(frozen=True)
 class Admission:
-    """[admission]: when a launch waits for memory, and for how long."""
+    """[admission]: when a launch waits for memory, and for how long; how many sessions one user may have."""
 
     reserve: int = 64 << 20  # bytes that launches leave to the host
     pressure: float = 40.0  # percent of time that all stalls for memory (PSI, full avg10)
     queue: int = 64  # launches that may wait
     wait: float = 30.0  # seconds
+    sessions: int = 256  # of one user at once; root's are not counted
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cgroup.node import Cgroup
 from nsutil import processes
 from nsutil.messages import Fds
-from pocketd import adopt, ahead, events, orders, permissions, shown, unit, wire
+from pocketd import adopt, ahead, events, orders, permissions, shown, subordinates, unit, wire
 from pocketd.definitions import Pocket
 from pocketd.discretion import for_operators, starting
 from pocketd.generation import Generation, Session
@@ -51,10 +51,12 @@ async def login(daemon: Daemon, peer: processes.Peer, request: Message, fds: Fds
         with for_operators(peer, service.name):
             generation = await service.on(told)
         stack.enter_context(generation.busy())
-        await daemon.turns.take(peer.uid)
-        stack.callback(daemon.turns.give, peer.uid)
+        user = subordinates.owner_of(peer.uid)
+        await daemon.turns.take(user)
+        stack.callback(daemon.turns.give, user)
         if service.find(identity):  # by another login of that name, which waited for its turn too
             raise Error("bad-request", "that session is being launched")
+        stack.enter_context(daemon.admission.launching(identity, user))
         plan = make_plan(daemon, generation, peer, definition, identity)
         launching = ahead.Launching(daemon, generation, plan, peer, request, given, marks)
         ready = await launching.from_slot()

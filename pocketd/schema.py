@@ -201,6 +201,12 @@ def threads(value: object) -> int:
     return value
 
 
+def sessions(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 100_000:
+        raise Invalid("is not a number of sessions; write a whole number from 1 to 100000")
+    return value
+
+
 def yes_or_no(value: object) -> bool:
     if not isinstance(value, bool):
         raise Invalid("is not true or false")
@@ -435,6 +441,7 @@ def admission(reader: Reader) -> Admission:
         pressure=reader.take("pressure", number(1, 100, "percent"), default.pressure),
         queue=reader.take("queue", count, default.queue),
         wait=reader.take("wait", seconds(0, 3600), default.wait),
+        sessions=reader.take("sessions", sessions, default.sessions),
     )
     reader.finish()
     return found

@@ -179,6 +179,8 @@ def test_all_problems_show_at_once_with_file_key_and_value(load, conf):
         service = "thee"
         dir = "relative"
         limits = { "memory.mx" = 1, "pids.max" = true }
+        [admission]
+        sessions = 0
         [service.three]
         runtime = "exec"
         """
@@ -194,10 +196,11 @@ def test_all_problems_show_at_once_with_file_key_and_value(load, conf):
         'pocket.detect.dir = "relative"': "is not an absolute path",
         'pocket.detect.limits."memory.mx" = 1': "did you mean 'memory.max'?",
         'pocket.detect.limits."pids.max" = true': "is not a number",
+        "admission.sessions = 0": "from 1 to 100000",
     }.items():
         [line] = [line for line in lines if line.startswith(f"{conf}: {key}: ")]
         assert right in line
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert list(found.services) == ["three"]
     assert set(found.invalid) == {"one", "two", "detect"}
 
