@@ -23,9 +23,11 @@ from pocketd import wire
 from pocketd.wire import Error, Message
 
 ANSWER = 10.0  # seconds that a child may take
-BEARERS = 64  # at once; what is to be closed beyond that stays open for as long
-AGAIN = 1.0  # seconds
+BEARERS = 8  # children at once that let go of connections
+LADEN = 1024  # connections that wait for one of them; no more are accepted then
+AGAIN = 0.1  # seconds between two of them
 _bearers = 0
+_laden: list[socket.socket] = []
 
 
 class Apart:
@@ -161,20 +163,35 @@ def harmless(fd: int) -> bool:
 
 
 def let_go(sock: socket.socket) -> None:
-    """Close a caller's connection, in a child where that may wait for somebody."""
-    global _bearers
+    """Close a caller's connection, in a child where that may wait for somebody: soon, with all that come meanwhile."""
     if messages.drained(sock):
         sock.close()
         return
+    _laden.append(sock)
+    if len(_laden) == 1:
+        asyncio.get_running_loop().call_later(AGAIN, _bear)
+
+
+def burdened() -> bool:
+    """Whether so many connections wait to be let go that there should be no more."""
+    return len(_laden) >= LADEN
+
+
+def _bear() -> None:
+    """Let go of all that wait: by one child, so that what a caller sends costs no fork each."""
+    global _bearers
     try:
         if _bearers >= BEARERS:
             raise BlockingIOError
-        bearer = Apart(lambda ours: ours.recv(1), [sock.fileno()])  # until we have closed it: ours is not the last
+        # It has them until we have closed them: ours is not the last.
+        bearer = Apart(lambda ours: ours.recv(1), [sock.fileno() for sock in _laden])
     except OSError:
-        asyncio.get_running_loop().call_later(AGAIN, let_go, sock)
+        asyncio.get_running_loop().call_later(AGAIN, _bear)
         return
     _bearers += 1
-    sock.close()
+    for sock in _laden:
+        sock.close()
+    _laden.clear()
     bearer.end(_borne)
 
 

@@ -470,6 +470,9 @@ class Control:
     def _accept(self) -> None:
         until = time.monotonic() + _ACCEPTING
         for _ in range(_ACCEPTED):
+            if apart.burdened():
+                self._rest("those that were refused are not closed yet")
+                return
             if time.monotonic() > until:  # what one has sent before is taken out of it when it is refused
                 return
             try:
@@ -477,7 +480,7 @@ class Control:
             except BlockingIOError:
                 return
             except OSError as e:
-                self._rest(e)
+                self._rest(str(e))
                 return
             self._take(sock)
 
@@ -517,9 +520,9 @@ class Control:
             self._quiet = now + 10.0
             events.emit("too-many-connections", "warning", limit=CONNECTIONS, uid=uid, of_uid=connections)
 
-    def _rest(self, e: OSError) -> None:
-        """accept(2) failed, for want of descriptors or memory: callers wait in its queue; the loop does not spin."""
-        events.emit("accept-failed", "warning", why=str(e))
+    def _rest(self, why: str) -> None:
+        """There is no room for more, or accept(2) says so: callers wait in its queue; the loop does not spin."""
+        events.emit("accept-failed", "warning", why=why)
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.sock)
         self._resting = loop.call_later(REST, lambda: loop.add_reader(self.sock, self._accept))
