@@ -1,27 +1,32 @@
 """`pocket suggest`: a program run once under observation, and where it could be held.
 
 The place is the last one before the program first looks at what each run has of its own: its arguments, standard input,
-a file that its arguments name; or before it does what cannot be carried over: a connection, a file that it writes.
+its environment as a whole, a file that its arguments name; or before it does what cannot be carried over: a connection,
+a file that it writes.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import socket
 import sys
 import time
-from types import FrameType
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from contextlib import suppress
+from functools import partial
+from types import CodeType, FrameType
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from pocketd import wire
 from pocketd.wire import Message
-from runtime import checkpoint, program
+from runtime import checkpoint, program, recorded
 
 _WORTH = 0.05  # of the time until the first look: what a simpler place may lose against the last one
 _LEAST = 0.01  # seconds that are worth a checkpoint
-_FILES = ("open",)
 _TALKS = ("socket.connect", "socket.bind", "socket.getaddrinfo")
+_COROUTINE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def run(sock: socket.socket, start: Message, orders: Message) -> int:
@@ -32,9 +37,22 @@ def run(sock: socket.socket, start: Message, orders: Message) -> int:
     observer = Observer(arguments, tops)
     code = program.run(start, orders, observer.compile)
     sys.settrace(None)
-    wire.send(sock, {"op": "observed", "status": code, **observer.proposal()})
-    sock.close()
+    say(sock, {"status": code, **observer.proposal(code)})
     return code
+
+
+def run_cold(sock: socket.socket, reason: str) -> None:
+    """The program will be executed as a process of its own, of which nothing is seen. `reason`: as `cold` says it."""
+    say(sock, nowhere(f"each run is a process of its own: {reason or 'its definition or its service says so'}"))
+
+
+def say(sock: socket.socket, seen: Message) -> None:
+    wire.send(sock, {"op": "observed", **seen})
+    sock.close()
+
+
+def nowhere(why: str) -> Message:
+    return {"checkpoint": None, "why": why}
 
 
 class Look(NamedTuple):
@@ -42,8 +60,18 @@ class Look(NamedTuple):
 
     what: str
     when: float
-    lines: Tuple[Tuple[str, int, float], ...]  # (function, line, when that line was begun)
+    places: Tuple[Tuple[CodeType, int], ...]  # what was running, and the line that it was in
     line: str  # for people: FILE, line N
+    looping: bool  # an event loop ran, further in than all `places`
+
+
+class Offer(NamedTuple):
+    """A checkpoint, what it should mean, and whether what follows can be rehearsed."""
+
+    where: str
+    body: checkpoint.Body
+    at: int
+    rehearsed: bool
 
 
 class Observer:
@@ -56,13 +84,17 @@ class Observer:
         self.tops = tops
         self.named = {os.path.realpath(a) for a in arguments if a}
         self.begun = 0.0
+        self.failed: Optional[str] = None  # why it was not compiled
         self.look: Optional[Look] = None
-        self._starts: Dict[int, Tuple[str, int, float]] = {}  # by frame: the line that it is in
+        self._reached: Dict[int, float] = {}  # each line of its file, when it was reached first
 
     def compile(self, source: bytes, path: str) -> Any:
-        self.source = source
-        code = compile(source, path, "exec", dont_inherit=True)
-        self.path = path
+        try:
+            code = compile(source, path, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as e:
+            self.failed = f"{type(e).__name__}: {e}"
+            raise
+        self.source, self.path = source, path
         self.begin()
         return code
 
@@ -70,8 +102,10 @@ class Observer:
         sys.addaudithook(self._heard)
         for name in ("argv", "orig_argv"):
             setattr(sys, name, _Arguments(getattr(sys, name), self))
-        for method in ("read", "readline", "readlines"):
-            self._tap(sys.stdin, method)
+        for mapping in (os.environ, os.environb):
+            watched: Any = _watched(type(mapping), self)
+            mapping.__class__ = watched
+        self._watch_input()
         self.begun = time.monotonic()
         sys.settrace(self._called)
 
@@ -81,119 +115,159 @@ class Observer:
         return self._line if frame.f_code.co_filename == self.path and self.look is None else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            self._starts[id(frame)] = (frame.f_code.co_name, frame.f_lineno, time.monotonic())
-        elif event == "return":
-            self._starts.pop(id(frame), None)
+        if event == "line" and frame.f_lineno not in self._reached:
+            self._reached[frame.f_lineno] = time.monotonic()
         return self._line
 
     # -- the first look
 
-    def looked(self, what: str) -> None:
+    def looked(self, what: str, near: bool = False) -> None:
+        """`near`: it counts only where a line of the pocket's own does so itself."""
         if self.look is not None or not self.begun:
             return
-        frame: Optional[FrameType] = sys._getframe(1)
-        lines: List[Tuple[str, int, float]] = []
-        shown = ""
-        while frame is not None:
-            if id(frame) in self._starts and frame.f_code.co_filename == self.path:
-                lines.append(self._starts[id(frame)])
-            if not shown and frame.f_code.co_filename.startswith(self.tops):
-                shown = f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno}"
-            frame = frame.f_back
-        if shown:
-            self.look = Look(what, time.monotonic(), tuple(reversed(lines)), shown)
-            sys.settrace(None)
+        own = recorded.own_frame(sys._getframe(1), self.tops, near)
+        if own is None:
+            return
+        frames = list(_outwards(sys._getframe(1)))
+        places: List[Tuple[CodeType, int]] = []
+        loop = next((n for n, f in enumerate(reversed(frames)) if _loops(f.f_code)), None)
+        for frame in frames[::-1][:loop]:
+            if frame.f_code.co_filename == self.path:
+                places.append((frame.f_code, frame.f_lineno))
+        line = f"{os.path.basename(own.f_code.co_filename)}, line {own.f_lineno}"
+        self.look = Look(what, time.monotonic(), tuple(places), line, loop is not None)
+        sys.settrace(None)
 
     def _heard(self, event: str, arguments: Tuple[Any, ...]) -> None:
         if self.look is not None:
             return
         if event in _TALKS:
             self.looked("a connection")
-        elif event in _FILES:
-            path, _, flags = arguments
-            if not isinstance(path, (str, bytes)):
-                return
-            name = os.path.realpath(os.fsdecode(path))
-            if isinstance(flags, int) and flags & os.O_ACCMODE != os.O_RDONLY and name.startswith(self.tops):
-                self.looked(f"a file that it writes, {os.path.basename(name)}")
-            elif name in self.named:
-                self.looked(f"the file {os.path.basename(name)}, which its arguments name")
-
-    def _tap(self, stream: Any, method: str) -> None:
-        if stream is None:
-            return
-        plain = getattr(stream, method)
-
-        def read(*args: Any, **kwargs: Any) -> Any:
+        elif event == "builtins.input":
             self.looked("standard input")
-            return plain(*args, **kwargs)
+        elif event == "open":
+            path, _, flags = arguments
+            if recorded.is_input(path):
+                self.looked("standard input")
+            elif isinstance(path, (str, bytes)):
+                self._opened(os.path.realpath(os.fsdecode(path)), flags if isinstance(flags, int) else 0)
 
-        setattr(stream, method, read)
+    def _opened(self, name: str, flags: int) -> None:
+        if flags & os.O_ACCMODE != os.O_RDONLY and name.startswith(self.tops):
+            self.looked(f"a file that it writes, {os.path.basename(name)}")
+        elif name in self.named:
+            self.looked(f"the file {os.path.basename(name)}, which its arguments name")
+
+    def _watch_input(self) -> None:
+        """What Python reads by sys.stdin, however it does, comes through its lowest layer."""
+        raw: Any = getattr(getattr(sys.stdin, "buffer", None), "raw", None)
+        for name in ("read", "readall", "readinto"):
+            if hasattr(raw, name):
+                setattr(raw, name, partial(self._reads, getattr(raw, name)))
+        module: Any = os
+        module.read = partial(self._reads_descriptor, os.read)
+
+    def _reads(self, plain: Any, *args: Any) -> Any:
+        self.looked("standard input")
+        return plain(*args)
+
+    def _reads_descriptor(self, plain: Any, fd: int, size: int) -> Any:
+        if fd == 0:
+            self.looked("standard input")
+        return plain(fd, size)
 
     # -- the proposal
 
-    def proposal(self) -> Message:
+    def proposal(self, status: int) -> Message:
         """What to write into the definition, and what it saves: seconds of the whole run's."""
-        end = time.monotonic()
-        whole = end - self.begun
+        whole = time.monotonic() - self.begun
+        if self.failed:
+            return nowhere(f"it is no program that Python runs: {self.failed}")
+        if not self.begun:
+            return nowhere("it is not one file of Python source that can be read, and nothing else is held")
         if self.look is None:
-            return {"checkpoint": None, "whole": whole, "why": "it never looked at anything that is a run's own"}
-        found = self._places()
-        if not found:
-            return {"checkpoint": None, "whole": whole, "why": f"it looked at {self.look.what} outside of {self.path}"}
+            ended = f"it ended, with status {status}, before it" if status else "it never"
+            return nowhere(f"{ended} looked at anything that is a run's own")
+        tree = ast.parse(self.source)
+        reached = [(offer, self._reached_by(offer, tree)) for offer in self._offers(tree)]
+        found = [(offer, when - self.begun) for offer, when in reached if when is not None]
         # The simplest place that loses little: the rest of the top level, or a function, can be rehearsed too.
-        best = max(when for _, when, _ in found) - self.begun
+        best = max((saved for _, saved in found), default=0.0)
         if best < _LEAST:
-            why = f"it looks at {self.look.what} at once, in {self.look.line}"
-            return {"checkpoint": None, "whole": whole, "why": why}
-        where, when, rehearsed = next(place for place in found if place[1] - self.begun >= best * (1 - _WORTH))
+            return nowhere(self._too_late(bool(found)))
+        offer, saved = next(pair for pair in found if pair[1] >= best * (1 - _WORTH))
         return {
-            "checkpoint": where,
-            "rehearse": rehearsed,
-            "saves": when - self.begun,
+            "checkpoint": offer.where,
+            "rehearse": offer.rehearsed,
+            "saves": saved,
             "whole": whole,
             "looked": self.look.what,
             "at": self.look.line,
         }
 
-    def _places(self) -> List[Tuple[str, float, bool]]:
-        """(checkpoint, when it was reached, whether what follows can be rehearsed), the simplest first."""
+    def _too_late(self, found: bool) -> str:
         assert self.look
-        tree = ast.parse(self.source)
-        found: List[Tuple[str, float, bool]] = []
-        lines = self.look.lines
-        if not lines or lines[0][0] != "<module>":
-            return []
-        for name, _, _ in lines[1:2]:
-            # Held at its beginning: it was called from the top level and is a plain function of it.
-            if any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
-                found.append((name, lines[0][2], True))
-        top = next((i for i, s in enumerate(tree.body) if self._holds(s, lines[0][1])), None)
-        if top is not None:
-            prefix = self._prefix(tree, top)
-            if prefix:
-                found.append((prefix, lines[0][2], True))
-        for _, line, when in lines[1:]:
-            if any(checkpoint.first_line(s) == line for body in checkpoint.bodies(tree) for s in body):
-                found.append((f"{os.path.basename(self.path)}:{line}", when, False))
-        return found
+        said = f"it looks at {self.look.what} in {self.look.line}"
+        if self.look.looping:
+            return f"{said}, in an event loop, which cannot be held, and before that begins nothing takes time"
+        if not found:
+            return f"{said}, in a thread or by no line of {self.path}"
+        if self.look.when - self.begun < _LEAST:
+            return f"{said}, at once"
+        return f"{said}, and what takes time before that is in the same statement"
 
-    @staticmethod
-    def _holds(statement: ast.stmt, line: int) -> bool:
-        return checkpoint.first_line(statement) <= line <= (statement.end_lineno or statement.lineno)
+    def _offers(self, tree: ast.Module) -> Iterator[Offer]:
+        """Places in which it was at its first look, the simplest first."""
+        assert self.look
+        file, places = os.path.basename(self.path), self.look.places
+        if not places or places[0][0].co_name != "<module>":
+            return
+        for code, _ in places[1:2]:
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef) and checkpoint.first_line(node) == code.co_firstlineno:
+                    yield Offer(node.name, *checkpoint.in_function(node), True)
+        for at, statement in enumerate(tree.body):
+            if _holds(statement, places[0][1]):
+                for where in self._beginnings(statement):
+                    yield Offer(where, tree.body, at, True)
+                yield Offer(f"{file}:{checkpoint.first_line(statement)}", tree.body, at, True)
+        for _, line in places:
+            for body in checkpoint.bodies(tree):
+                for at, statement in enumerate(body):
+                    if body is not tree.body and _holds(statement, line) and not isinstance(statement, _DEFINITIONS):
+                        yield Offer(f"{file}:{checkpoint.first_line(statement)}", body, at, False)
 
-    def _prefix(self, tree: ast.Module, index: int) -> Optional[str]:
-        """The shortest beginning of a statement's first line that no other top-level statement has."""
-        lines = self.source.splitlines(keepends=True)
-        text = checkpoint.text_of(tree.body[index], lines).splitlines()[0]
-        others = [checkpoint.squeeze(checkpoint.text_of(s, lines)) for n, s in enumerate(tree.body) if n != index]
-        ends = [n + 1 for n, c in enumerate(text) if c in " (=:,."] + [len(text)]
-        for end in ends:
-            prefix = text[:end].rstrip()
-            if len(prefix) > 3 and not any(other.startswith(checkpoint.squeeze(prefix)) for other in others):
-                return prefix
+    def _beginnings(self, statement: ast.stmt) -> Iterator[str]:
+        """Of its first line, the shortest first."""
+        text = checkpoint.text_of(statement, self.source.splitlines(keepends=True)).splitlines()[0]
+        for end in [n + 1 for n, c in enumerate(text) if c in " (=:,."] + [len(text)]:
+            if len(text[:end].rstrip()) > 3:
+                yield text[:end].rstrip()
+
+    def _reached_by(self, offer: Offer, tree: ast.Module) -> Optional[float]:
+        """When the place was reached first. None where it never was, or where its name means another."""
+        with suppress(checkpoint.CheckpointError):
+            body, at = checkpoint.find(tree, self.source, self.path, offer.where)
+            statement = body[at]
+            if body is offer.body and at == offer.at:
+                lines = range(checkpoint.first_line(statement), (statement.end_lineno or statement.lineno) + 1)
+                return min((self._reached[line] for line in lines if line in self._reached), default=None)
         return None
+
+
+def _outwards(frame: Optional[FrameType]) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _loops(code: CodeType) -> bool:
+    """Whether what is below it runs in an event loop."""
+    return bool(code.co_flags & _COROUTINE) or os.path.basename(os.path.dirname(code.co_filename)) == "asyncio"
+
+
+def _holds(statement: ast.stmt, line: int) -> bool:
+    return checkpoint.first_line(statement) <= line <= (statement.end_lineno or statement.lineno)
 
 
 class _Arguments(list):  # type: ignore[type-arg]
@@ -208,14 +282,37 @@ class _Arguments(list):  # type: ignore[type-arg]
             self._observer.looked("its arguments")
         return super().__getitem__(key)
 
-    def __iter__(self) -> Any:
-        self._observer.looked("its arguments")
-        return super().__iter__()
+    def __reduce_ex__(self, protocol: Any) -> Any:  # multiprocessing sends it
+        return list, (list.copy(self),)
 
-    def __len__(self) -> int:
-        self._observer.looked("its arguments")
-        return super().__len__()
+    __hash__ = None
 
-    def __contains__(self, item: object) -> bool:
+
+def _looking(plain: Any) -> Any:
+    def method(self: _Arguments, *args: Any, **kwargs: Any) -> Any:
         self._observer.looked("its arguments")
-        return super().__contains__(item)
+        return plain(self, *args, **kwargs)
+
+    return method
+
+
+for _name in recorded.LOOKS:
+    setattr(_Arguments, _name, _looking(getattr(list, _name)))
+
+
+def _watched(plain: Any, observer: Observer) -> Any:
+    class Environment(plain):  # type: ignore[misc]
+        pass
+
+    def looking(name: str) -> Any:
+        def method(self: Any) -> Any:
+            observer.looked("its whole environment", near=True)
+            return getattr(plain, name)(self)
+
+        return method
+
+    for name in ("__iter__", "__len__", "__repr__", "copy"):
+        setattr(Environment, name, looking(name))
+    Environment.__name__ = plain.__name__
+    Environment.__qualname__ = plain.__qualname__
+    return Environment

@@ -166,7 +166,7 @@ class Recorder:
         line = self.line(frame, near=True)
         if line:
             self.refuse(f"it reads the whole environment{line}")
-        while os.path.basename(frame.f_code.co_filename) in _OF_ENVIRONMENT and frame.f_back:
+        while os.path.basename(frame.f_code.co_filename) in _BETWEEN and frame.f_back:
             frame = frame.f_back
         if os.path.basename(frame.f_code.co_filename) != "subprocess.py":
             self.noted.append(f"{frame.f_code.co_filename}, line {frame.f_lineno}, reads the whole environment")
@@ -281,7 +281,7 @@ class Recorder:
 
     def opened(self, path: Any, flags: int) -> None:
         """A file is about to be opened: its state is what the program will have seen."""
-        if self.program and (path in _INPUT or (path == 0 and not isinstance(path, bool))):
+        if self.program and is_input(path):
             self._reads_input()
         if path in _ARGUMENTS:
             self.refuse(f"it reads {path}{self.line(sys._getframe(1))}")
@@ -340,17 +340,8 @@ class Recorder:
 
     def line(self, frame: Optional[FrameType], near: bool = False) -> str:
         """ " in detect.py, line 5": the innermost of the pocket's own lines. `near`: only if it calls us itself."""
-        steps = 0
-        while frame is not None:
-            name = frame.f_code.co_filename
-            if name.startswith(self.tops):
-                return f" in {name}, line {frame.f_lineno}"
-            if near and os.path.basename(name) not in _OF_ENVIRONMENT:
-                steps += 1
-                if steps > 1:
-                    return ""
-            frame = frame.f_back
-        return ""
+        own = own_frame(frame, self.tops, near)
+        return f" in {own.f_code.co_filename}, line {own.f_lineno}" if own else ""
 
     # -- later, in a child
 
@@ -376,11 +367,12 @@ class Recorder:
 
 _getcwd, _isatty = os.getcwd, os.isatty
 # Between whoever does something and us.
-_OF_ENVIRONMENT = ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py", "tempfile.py")
+_BETWEEN = ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py", "observed.py", "tempfile.py")
 _SIZE = (b"COLUMNS", b"LINES")
 _LOCALE = (b"LC_ALL", b"LC_CTYPE", b"LC_COLLATE", b"LC_TIME", b"LC_MONETARY", b"LC_NUMERIC", b"LC_MESSAGES", b"LANG")
 _INPUT = ("/dev/stdin", "/proc/self/fd/0")
 _ARGUMENTS = ("/proc/self/cmdline", "/proc/self/environ")
+# What Python itself does on the way from a pocket's line to us.
 _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
 _LIBRARIES = tuple(f"{p}/" for p in dict.fromkeys((sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr", "/lib")))
 # sys.audit's events of what changes files, with what the program does then.
@@ -400,7 +392,27 @@ def _only_for_checks(frame: Optional[FrameType]) -> bool:
     return False
 
 
-_OF_SIZE = ("argparse.py", "shutil.py", *_OF_ENVIRONMENT)
+_OF_SIZE = ("argparse.py", "shutil.py", *_BETWEEN)
+
+
+def own_frame(frame: Optional[FrameType], tops: Tuple[str, ...], near: bool = False) -> Optional[FrameType]:
+    """The innermost frame of the pocket's own lines, from `frame` on. `near`: only if it calls us itself."""
+    steps = 0
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(tops):
+            return frame
+        if near and os.path.basename(name) not in _BETWEEN:
+            steps += 1
+            if steps > 1:
+                return None
+        frame = frame.f_back
+    return None
+
+
+def is_input(path: Any) -> bool:
+    """Whether what is opened by this is standard input: its descriptor, or a name of it."""
+    return path in _INPUT or (path == 0 and not isinstance(path, bool))
 
 
 def _is_bytecode(path: str) -> bool:
@@ -471,10 +483,12 @@ def _looking(plain: Any) -> Any:
     return method
 
 
-for _name in (
+# What of a list looks at its items, or changes them; __getitem__ is not one of these, as an item may be looked at.
+LOOKS = (
     "__add__ __contains__ __delitem__ __eq__ __ge__ __gt__ __iadd__ __imul__ __iter__ __le__ __len__ __lt__ __mul__ "
     "__ne__ __repr__ __reversed__ __setitem__ append clear copy count extend index insert pop remove reverse sort"
-).split():
+).split()
+for _name in LOOKS:
     setattr(_Arguments, _name, _looking(getattr(list, _name)))
 
 

@@ -92,6 +92,8 @@ def run(
         trace.mark("environment, directory, streams are its caller's")
         difference = "" if message.get("cold") else cold.reason(template.runtime, template.begin, start)
         if difference is not None:
+            if start.get("observe") is True:
+                observed.run_cold(sock, difference)
             sock.close()
             cold.run(template.begin, start, difference)
         privileges.dumpable(True)

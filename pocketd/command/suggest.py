@@ -48,6 +48,7 @@ def words(name: str, arguments: list[str], seen: dict[str, Any] | None) -> str:
     lines = [
         f"# {name} first looks at {seen['looked']} in {seen['at']}; held before that, {seen['saves']:.2f} s of",
         f"# this run's {seen['whole']:.2f} s are done ahead of time",
+        f"# (whether it can be held there, says: pocket warm {name})",
         f"checkpoint = {json.dumps(seen['checkpoint'])}",
     ]
     if seen["rehearse"]:
