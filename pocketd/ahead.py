@@ -87,8 +87,8 @@ class Launching:
         if holder is None:
             return None
         if self.plan.home not in ("", *holder.homes) and not orders.beneath(self.plan.home, definition):
-            why = f"{self.plan.home}, its caller's home, is not among those of who may_run names"
-            events.emit("launch-not-held", service=self.generation.name, pocket=definition.name, why=why)
+            elsewhere = f"{self.plan.home}, its caller's home, is not among those of who may_run names"
+            events.emit("launch-not-held", service=self.generation.name, pocket=definition.name, why=elsewhere)
             return None
         session = self._session(holder.leaf(str(self.request["session"])), holder.number)
         self.marks.append(("pocketd has a leaf beneath the pocket's template", time.monotonic()))
