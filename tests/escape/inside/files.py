@@ -123,7 +123,7 @@ def _path(directory: str) -> bytes:
 
 
 def _file(path: bytes) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    return call("open", path, os.O_RDWR | os.O_CREAT, 0o600)
 
 
 def set_bits(how: str, directory: str, mode: int, garbage: bool = False) -> int:
@@ -131,8 +131,9 @@ def set_bits(how: str, directory: str, mode: int, garbage: bool = False) -> int:
     path, asked = _path(directory), mode | (GARBAGE if garbage else 0)
     make, tmpfile = os.O_RDWR | os.O_CREAT, os.O_RDWR | os.O_TMPFILE
     extra = GARBAGE if garbage else 0
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-        os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+    if os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
     fd = -1
     if how in ("chmod", "fchmod", "fchmodat", "fchmodat2"):
         fd = _file(path)
