@@ -43,6 +43,9 @@ REGRESSIONS: list[tuple[str, str, bytes]] = [
     ("wire", "empty maps take 64 bytes each", msgpack.packb({"v": 1})[:-1] + b"\xdc\xff\xff" + b"\x80" * 65535),
     ("wire", "nesting as deep as msgpack goes", msgpack.packb({"v": 1})[:-1] + b"\x91" * 1023 + b"\1"),
     ("wire", "a version that is a text as long as the message", msgpack.packb({"v": "9" * 60_000})),
+    ("ids", "a number that no integer can be", b'{"p": 1e999}'),
+    ("ids", "no number", b'{"p": null}'),
+    ("ids", "nesting deeper than the reader goes", b'{"p": ' + b"[" * 100_000),
 ]  # fmt: skip
 
 bounded = settings(
