@@ -51,12 +51,15 @@ class Authors:
 
     def _look(self) -> None:
         self._timer = None
+        changed = []
         for name, known in list(self._known.items()):
             pocket = self.daemon.config.pockets.get(name) or self.daemon.last_right.get(name)
             found = _identity(str(pocket.dir)) if pocket else None
             if found != known:
                 self._known[name] = found
-                self.daemon.configure_pocket(name)
+                changed.append(name)
+        if changed:
+            self.daemon.configure_pockets(changed)
 
     def close(self) -> None:
         if self._timer:

@@ -13,7 +13,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -95,23 +95,27 @@ class Daemon:
             if service.current:
                 self._ready(service.current)
 
-    def configure_pocket(self, name: str) -> None:
-        """Its author changed something: that pocket's definition again, and nothing else of the configuration."""
+    def configure_pockets(self, names: Iterable[str]) -> None:
+        """Their authors changed something: those pockets' definitions again, and nothing else of the configuration.
+
+        By one reading, which is of all that there is, however many they are.
+        """
         read, now = self.read(), self.config
-        if name not in read.pockets and name not in read.invalid:
-            return  # the operator is changing the configuration too: until that is read, it holds as it was
-        pockets = {key: value for key, value in now.pockets.items() if key != name}
-        invalid = {key: value for key, value in now.invalid.items() if key != name}
-        pocket = read.pockets.get(name)
-        if pocket:
-            limits = MappingProxyType({**pocket.limits, **self.changed.get(name, {})})
-            allow, mounts = self.rights.get(name, (pocket.allow, pocket.mounts))
-            pockets[name] = replace(pocket, limits=limits, allow=allow, mounts=mounts)
-        elif name in read.invalid:
-            invalid[name] = read.invalid[name]
-            self.last_right.setdefault(name, now.pockets.get(name) or self.last_right[name])
+        # The operator may be changing the configuration too: until that is read, what it leaves out holds as it was.
+        known = {name for name in names if name in read.pockets or name in read.invalid}
+        pockets = {key: value for key, value in now.pockets.items() if key not in known}
+        invalid = {key: value for key, value in now.invalid.items() if key not in known}
+        for name in sorted(known):
+            pocket = read.pockets.get(name)
+            if pocket:
+                limits = MappingProxyType({**pocket.limits, **self.changed.get(name, {})})
+                allow, mounts = self.rights.get(name, (pocket.allow, pocket.mounts))
+                pockets[name] = replace(pocket, limits=limits, allow=allow, mounts=mounts)
+            else:
+                invalid[name] = read.invalid[name]
+                self.last_right.setdefault(name, now.pockets.get(name) or self.last_right[name])
+            events.emit("pocket-changed", pocket=name, valid=pocket is not None)
         self.config = replace(now, pockets=MappingProxyType(pockets), invalid=MappingProxyType(invalid))
-        events.emit("pocket-changed", pocket=name, valid=pocket is not None)
 
     def change_limits(self, name: str, limits: Limits) -> None:
         """What `pocket set` changed, for the next launches; reading the configuration again takes it back."""

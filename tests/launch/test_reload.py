@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nsutil.syscalls import libc
 from pocketd.client import errors, login
 from tests.client.test_python_runtime import TWO
 from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table, wait_for
@@ -373,3 +376,29 @@ def test_an_authors_change_is_acted_on_and_a_wrong_one_told(daemon, environment,
     assert "did you mean 'program'" in daemon.pocket("app", check=False).stderr
     (app / "pocket.toml").write_text('program = "shown.py"\n')
     assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "shown\n")
+
+
+def test_changes_of_many_authors_at_once_are_one_reading(own_pocketd, tmp_path):
+    """Each reading is of the whole configuration, and pocketd answers nobody meanwhile."""
+    places = [tmp_path / f"p{n}" for n in range(20)]
+    for place in places:
+        place.mkdir()
+    pockets = "\n".join(f'[pocket.{place.name}]\nservice = "programs"\ndir = "{place}"\n' for place in places)
+    daemon = own_pocketd(f'[service.programs]\nruntime = "exec"\n{pockets}')
+    with opens(daemon.config) as counted:
+        for place in places:
+            (place / "pocket.toml").write_text("programm = 7\n")
+        assert wait_for(lambda: {p["state"] for p in daemon.ps()["pockets"]} == {"invalid"})
+        assert counted() == 1
+
+
+@contextlib.contextmanager
+def opens(path: Path):
+    """A function that says how often a file was opened, by inotify(7)."""
+    opened, closed = 0x20, 0x10  # IN_OPEN; and IN_CLOSE_NOWRITE, as equal events that follow each other become one
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert libc.inotify_add_watch(fd, os.fsencode(path), opened | closed) >= 0
+    try:
+        yield lambda: sum(bool(mask & opened) for _, mask, _, _ in struct.iter_unpack("iIII", os.read(fd, 65536)))
+    finally:
+        os.close(fd)
