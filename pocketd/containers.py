@@ -109,11 +109,11 @@ async def _reply(ours: socket.socket) -> Message | None:
 
 
 def tail(log_path: Path, lines: int = 20) -> str:
-    """The last lines of a service's log."""
+    """The last lines of a service's log. A line feed alone ends one: what pockets write has other such characters."""
     try:
         with open(log_path, "rb") as f:
             f.seek(max(0, os.fstat(f.fileno()).st_size - (1 << 20)))
-            text = f.read().decode(errors="replace")
+            text = f.read().decode(errors="replace").removesuffix("\n")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return "\n".join(text.split("\n")[-lines:])

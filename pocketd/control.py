@@ -366,7 +366,7 @@ async def _reload(c: Connection, message: Message, fds: Fds, progress: Callable[
     c.must_be_root("reload")
     name = wire.field(message, "name", str, None)
     c.daemon.configure()
-    result = {"problems": describe(c.daemon.config.problems).splitlines()}
+    result = {"problems": [line for line in describe(c.daemon.config.problems).split("\n") if line]}
     if name is None:
         return result
     service = c.daemon.service(name)

@@ -205,9 +205,8 @@ class Held:
             self.cool_until[definition.name] = time.monotonic() + BACKOFF
         else:
             self.failed[definition.name] = definition, why
-        events.emit(
-            "pocket-not-held", "warning", service=self.generation.name, pocket=definition.name, why=why.splitlines()[0]
-        )
+        first, _, _ = why.partition("\n")
+        events.emit("pocket-not-held", "warning", service=self.generation.name, pocket=definition.name, why=first)
 
     # -- making
 

@@ -135,7 +135,8 @@ def logs(daemon: Daemon, peer: processes.Peer, name: str, lines: int) -> list[st
     if name in daemon.services:
         if peer.uid != 0:
             raise Error("forbidden", "only root may read a service's log")
-        return daemon.services[name].log_tail(lines).splitlines()
+        text = daemon.services[name].log_tail(lines)
+        return text.split("\n") if text else []
     definition = daemon.config.pockets.get(name)
     if definition:
         permissions.check_may_run(definition, peer)
@@ -145,6 +146,6 @@ def logs(daemon: Daemon, peer: processes.Peer, name: str, lines: int) -> list[st
     for service in daemon.services.values():
         if not os.path.exists(service.log_path):
             continue
-        with open(service.log_path, errors="replace") as f:
+        with open(service.log_path, encoding="utf-8", errors="replace", newline="\n") as f:
             found.extend(line.rstrip("\n") for line in f if line.partition(" ")[2].startswith(f"pocket {name} "))
     return list(found)

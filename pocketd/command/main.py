@@ -105,7 +105,7 @@ def main() -> None:
         else:
             run.main([], run.Request(name=first, pocket=True, arguments=words[1:]))
     except errors.PocketError as e:
-        sys.stderr.write(f"pocket: {e}\n")
+        sys.stderr.write(f"pocket: {show.block(str(e))}\n")
         sys.exit(run.NOT_FOUND if e.code == "not-found" else run.FAILED)
     except BrokenPipeError:
         os._exit(run.FAILED)
@@ -123,7 +123,7 @@ def is_pocket(name: str) -> bool:
 
 
 def progress(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{show.block(text)}\n")
     sys.stderr.flush()
 
 
@@ -169,7 +169,7 @@ def logs(options: Options) -> None:
         print(json.dumps({"name": options.words[0], "lines": reply["lines"]}, indent=1))
     else:
         for line in reply["lines"]:
-            print(line)
+            print(show.printable(line))
 
 
 def stop(options: Options) -> None:
@@ -194,7 +194,7 @@ def reload(options: Options) -> None:
         made = f"generation {reply['generation']}" if reply["generation"] else f"{reply['state']}; made when it is used"
         print(f"{options.words[0]}: {made}")
     for problem in reply["problems"]:
-        sys.stderr.write(f"pocket: {problem}\n")
+        sys.stderr.write(f"pocket: {show.printable(problem)}\n")
     if reply["problems"]:
         sys.exit(run.FAILED)
 
@@ -253,9 +253,9 @@ def warm(options: Options) -> None:
         print(f"{name}: {reply['slots']} slots")
     for what in reply.get("unsure", ()):
         later = "after the checkpoint" if reply["mode"] == "program" else "in a function that sessions call"
-        print(f"{name}: its runs share the state of a {what}: make it {later}")
+        print(show.printable(f"{name}: its runs share the state of a {what}: make it {later}"))
     for what in reply.get("noted", ()):
-        print(f"{name}: {what}")
+        print(show.printable(f"{name}: {what}"))
 
 
 def cool(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Tables for people: `pocket ps`."""
+"""Tables for people: `pocket ps`; and how what a pocket said is shown to an operator."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def table(reply: dict[str, Any]) -> str:
             ],
         ),
     ]
-    failed = [f"{s['name']}: {s['why']}\n" for s in reply["services"] if s.get("why")]
+    failed = [f"{block(s['name'] + ': ' + s['why'])}\n" for s in reply["services"] if s.get("why")]
     failed += [
-        f"{p['name']}: {p['last']['why']}, {age(time.time() - p['last']['at'])} ago\n"
+        f"{printable(p['name'] + ': ' + p['last']['why'])}, {age(time.time() - p['last']['at'])} ago\n"
         for p in reply["pockets"]
         if p.get("last")
     ]
     for key in ("why_not_held", "why_not_rehearsed"):
-        failed += [f"{p[key].splitlines()[0]}\n" for p in reply["pockets"] if p.get(key)]
+        failed += [printable(p[key].partition("\n")[0]) + "\n" for p in reply["pockets"] if p.get(key)]
     return "\n".join(part for part in parts if part) + ("\n" + "".join(failed) if failed else "")
 
 
@@ -91,7 +91,7 @@ def inspection(reply: dict[str, Any]) -> str:
             for name, value in level["limits"].items():
                 held = part["holds"].get(name, {}).get("cgroup") == level["cgroup"]
                 lines.append(f"  {name} = {value}  {level['cgroup']}{'  holds' if held else ''}")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def privileges(reply: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def privileges(reply: dict[str, Any]) -> str:
         for key in ("uid_map", "cgroup", "limits", "mountinfo"):
             lines += [f"  {key}:", *(f"    {line}" for line in worker[key])]
         lines += ["  descriptors:", *(f"    {fd:<4}{path}" for fd, path in worker["descriptors"].items())]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 _MEMORY = ("CHARGED", "PRIVATE", "SHARED", "CPU")
@@ -136,6 +136,17 @@ def columns(heading: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Left-aligned columns; nothing when there are no rows."""
     if not rows:
         return ""
-    lines = [heading, *(tuple(str(cell) for cell in row) for row in rows)]
+    lines = [heading, *(tuple(printable(str(cell)) for cell in row) for row in rows)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(heading))]
     return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def printable(text: str) -> str:
+    """One line of what is shown, in which a pocket's own words may be: a terminal would obey their control characters,
+    so these are written as Python writes them ("\\x1b"). Tabs stay."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+def block(text: str) -> str:
+    """The same of several lines, which line feeds alone end."""
+    return "\n".join(map(printable, text.split("\n")))

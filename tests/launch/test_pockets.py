@@ -14,6 +14,7 @@ import pytest
 
 from cgroup.hierarchy import Hierarchy
 from pocketd.client import login
+from pocketd.command import show
 from tests.conftest import TIMEOUT, service_environment, toml_table, wait_for
 
 SHOW = """
@@ -148,6 +149,28 @@ def test_ps_logs_and_stop(own_pocketd, place, begun):
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGTERM
     assert daemon.workers() == []
+
+
+def test_what_a_pocket_writes_is_one_line_of_its_log_and_no_terminal_obeys_it(own_pocketd, place):
+    """Of the characters that end a line in Unicode a line feed alone does here."""
+    (place / "app/talk.py").write_text("import os\ndef say(text):\n    os.write(1, text.encode() + b'\\n')\n")
+    daemon = own_pocketd(configuration(place))
+    with login("show", runtime_dir=str(daemon.runtime_dir)) as session:
+        session.call("talk:say", "begin\x0b\x85\u2028\x1b[2J\u202e\tend")
+    for name in ("show", "plain"):
+        assert wait_for(lambda name=name: "begin" in daemon.pocket("logs", name).stdout)
+        (line,) = (line for line in logged(daemon, name) if "begin" in line)
+        assert line.endswith(" pocket show begin\x0b\x85\u2028\x1b[2J\u202e\tend")
+        (shown,) = (line for line in daemon.pocket("logs", name).stdout.split("\n") if "begin" in line)
+        assert shown.endswith(" pocket show begin\\x0b\\x85\\u2028\\x1b[2J\\u202e\tend")
+
+
+def logged(daemon, name) -> list[str]:
+    return json.loads(daemon.pocket("logs", name, "--json").stdout)["lines"]
+
+
+def test_no_cell_of_a_table_is_obeyed_or_makes_a_row():
+    assert show.columns(("POCKET",), [("one\n\x1b[2Jtwo",)]) == "POCKET\none\\n\\x1b[2Jtwo\n"
 
 
 def test_who_may_run_a_pocket(own_pocketd, place):

@@ -148,6 +148,11 @@ def test_a_checkpoint_that_cannot_be_is_named_and_the_program_runs(hold, what):
     assert pocket.name in pocket.pocketd.pocket("ps").stdout
 
 
+def test_no_terminal_obeys_why_a_pocket_is_not_held(hold):
+    said = hold("raise ValueError('\\x1b[2J')\nx = 1\n", "x =").refused()
+    assert "ValueError: \\x1b[2J" in said and "\x1b" not in said
+
+
 def test_it_is_held_once_it_has_been_put_right(hold):
     pocket = hold("x = 1\nprint(x)\n", "print(y")
     pocket.refused()
