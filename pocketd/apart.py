@@ -49,17 +49,17 @@ class Apart:
         self._child = child
         self._sock.setblocking(False)
 
-    async def answer(self) -> tuple[Message, Fds]:
+    async def answer(self, patience: float = ANSWER) -> tuple[Message, Fds]:
         """Its next message. Raises Error, also where it does not come in time."""
         loop = asyncio.get_running_loop()
         readable: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self._sock, lambda: None if readable.done() else readable.set_result(None))
         try:
-            async with asyncio.timeout(ANSWER):
+            async with asyncio.timeout(patience):
                 await readable
             message, fds = wire.receive(self._sock)
         except TimeoutError:
-            raise Error("timeout", f"a file system did not answer within {ANSWER:g} s") from None
+            raise Error("timeout", f"a file system did not answer within {patience:g} s") from None
         except EOFError:
             raise Error("internal", "a child of pocketd's ended without an answer") from None
         finally:

@@ -38,6 +38,7 @@ LATE = 2.0  # seconds that a request would have to wait: no more connections the
 SILENCE = 60.0  # seconds without a request, since it connected or was answered last
 REST = 0.2  # seconds
 USHERS = 32  # of one uid: its requests with descriptors at once
+LOOKS = 2  # of one uid: its requests at once for which a child looks at processes
 _PENDING = 4  # requests of one connection at once
 _ACCEPTED, _ACCEPTING = 16, 0.002  # connections in one turn of the loop, and seconds: others' requests are in it too
 
@@ -49,6 +50,7 @@ class Share:
         self.uid = uid
         self.connections = 0
         self.ushers = asyncio.Semaphore(USHERS)
+        self.looks = asyncio.Semaphore(LOOKS)
         self._turn = asyncio.Lock()
         self._due = 0.0  # when all that was asked would have been asked at RATE
 
@@ -169,6 +171,7 @@ class Connection:
         self.daemon = daemon
         self.peer = peer
         self._share = share
+        self.looks = share.looks
         self._gone = gone
         self._tasks: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None  # until its share lets it ask again
@@ -399,8 +402,8 @@ async def _privileges(c: Connection, message: Message, fds: Fds, progress: Calla
 
 
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
-    shown = observe.ps(c.daemon, c.peer)
-    return {**shown, "pockets": [row for row in shown["pockets"] if c.daemon.knows(row["name"], c.peer)]}
+    async with c.looks:
+        return await observe.ps(c.daemon, c.peer)
 
 
 async def _logs(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:

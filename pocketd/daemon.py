@@ -157,15 +157,18 @@ class Daemon:
     def _names(self) -> str:
         return ", ".join(sorted(self.services)) or "none"
 
-    def knows(self, name: str, peer: processes.Peer) -> bool:
-        """Whether the caller may hear of `name`: any service, its own sessions and their pockets, what it may run.
+    def offers(self, name: str, peer: processes.Peer) -> bool:
+        """Whether the caller may hear of `name` whatever runs: any service, what it may run.
 
         Whoever may run a pocket that has become invalid hears why (`service`).
         """
         pocket = self.config.pockets.get(name) or self.last_right.get(name)
-        if peer.uid == 0 or name in self.services or (pocket and permissions.named(pocket.may_run, peer)):
-            return True
-        return any(name in (s.pocket, s.id) and peer.uid == s.note.get("uid") for _, s in self.sessions())
+        return peer.uid == 0 or name in self.services or bool(pocket and permissions.named(pocket.may_run, peer))
+
+    def knows(self, name: str, peer: processes.Peer) -> bool:
+        """Whether the caller may hear of `name`: that, its own sessions and their pockets."""
+        mine = (s for _, s in self.sessions() if peer.uid == s.note.get("uid"))
+        return self.offers(name, peer) or any(name in (s.pocket, s.id) for s in mine)
 
     def check_known(self, name: str, peer: processes.Peer) -> None:
         """Raise Error unless the caller knows of `name`. The words are the same whether there is none of that name or

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
-from nsutil import mounts, processes
+from nsutil import mounts
 from nsutil.messages import Fds
 from pocketd import events, filters, orders, shown, warming
 from pocketd.definitions import Pocket
 from pocketd.discretion import for_operators
 from pocketd.link import Link
+from pocketd.measured import Place
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -71,18 +72,18 @@ class Holder:
         """A leaf's directory as the template may have it; the caller's."""
         return os.open(os.fsdecode(leaf.name), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.place)
 
-    def usage(self) -> dict[str, Any]:
-        """What it costs: charged to its pocket, private memory and what it shares with its parent, in bytes."""
+    @property
+    def itself(self) -> Place:
+        """The process, without its sessions: for its memory."""
+        return self.cgroup.kernel_path, [self.pid]
+
+    def charged(self) -> int | None:
+        """Bytes that are charged to its pocket for it; None where the host's cgroup2 lacks the memory controller."""
         try:
             with Cgroup("self", self.cgroup) as own:
-                charged = own.stats().memory_current
+                return own.stats().memory_current
         except OSError:
-            charged = None
-        try:
-            m = processes.memory(self.pid)
-            return {"template_pid": self.pid, "template_charged": charged, "template_private": m.private}
-        except (OSError, processes.Gone):
-            return {"template_pid": self.pid, "template_charged": charged, "template_private": None}
+            return None
 
     def may_serve(self, uid: int) -> bool:
         """Whether a launch of this user is to ask it. One that is refused each time, for what the template cannot

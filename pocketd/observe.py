@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -10,22 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
 from nsutil import processes
-from pocketd import permissions, warming
+from pocketd import measured, permissions, warming
 from pocketd.generation import Generation, Session
+from pocketd.measured import Place
 from pocketd.services import RunningService
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
-_LOOKING = 2.0  # seconds that one answer may take to look at processes
+Row = dict[str, Any]
 
 
-def ps(daemon: Daemon, peer: processes.Peer) -> Message:
-    """Services, templates, pockets and workers; memory in bytes, age and cpu in seconds. Others' only for root."""
-    now, until = time.time(), time.monotonic() + _LOOKING
+async def ps(daemon: Daemon, peer: processes.Peer) -> Message:
+    """Services, templates, pockets and workers; memory in bytes, age and cpu in seconds. Others' only for root, and
+    nothing of others' is looked at for anybody else."""
+    now = time.time()
     services, templates, workers = [], [], []
-    pockets: dict[str, dict[str, Any]] = {}
+    running: dict[str, list[tuple[RunningService, Generation, Session]]] = {}
+    looks: list[tuple[Row, Place]] = []  # whose memory is to be measured
     for service in daemon.services.values():
         d = service.definition
         services.append(
@@ -44,29 +46,40 @@ def ps(daemon: Daemon, peer: processes.Peer) -> Message:
         for g, t in service.templates() if peer.uid == 0 else ():
             state = "stale" if t.stale else "ready" if t.ready else "loading"
             row = {"service": d.name, "number": t.number, "kind": t.kind, "models": list(t.models), "state": state}
-            templates.append(
-                {**row, "generation": g.number, "pid": t.pid, "age": _age(now, t.started), **usage(t.leaf, until)}
-            )
+            row.update(generation=g.number, pid=t.pid, age=_age(now, t.started))
+            templates.append(row)
+            looks.append((row, _look(row, t.leaf)))
         for g, s in service.sessions():
             if peer.uid not in (0, s.note.get("uid")):
                 continue
             row = {"session": s.id, "pocket": s.pocket, "service": d.name, "mode": s.note.get("mode")}
             row.update(pid=s.pid, state="running" if s.pid else "starting", age=_age(now, s.started))
-            row.update(directory=s.note.get("directory"))
-            row.update(generation=g.number, **usage(s.leaf, until))
+            row.update(directory=s.note.get("directory"), generation=g.number)
             workers.append(row)
-            pockets[s.pocket] = _pocket(service, g, s)
+            looks.append((row, _look(row, s.leaf)))
+            running.setdefault(s.pocket, []).append((service, g, s))
+    pockets = {name: _pocket(name, found) for name, found in running.items()}
     for name, definition in daemon.config.pockets.items():
-        idle = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
-        pockets.setdefault(name, idle)
-    for row in pockets.values():
-        row["last"] = _last(daemon, str(row["name"]))
-        known = daemon.config.pockets.get(str(row["name"]))
+        if name not in pockets and daemon.offers(name, peer):
+            idle = {"name": name, "service": definition.service, "state": "idle", "workers": 0, "charged": None}
+            pockets[name] = idle
+    held: list[tuple[Row, Place]] = []
+    for name, row in pockets.items():
+        row["last"] = _last(daemon, name)
+        known = daemon.config.pockets.get(name)
         if known:
-            row.update(warming.state(daemon, known))
+            told, holder = warming.state(daemon, known)
+            row.update(told)
+            if holder:
+                held.append((row, holder.itself))
     for name, problems in daemon.config.invalid.items() if peer.uid == 0 else ():
         why = "; ".join(p.message for p in problems)
         pockets.setdefault(name, {"name": name, "service": None, "state": "invalid", "why": why, "workers": 0})
+    found = await measured.memory([place for _, place in (*looks, *held)])
+    for (row, _), m in zip(looks, found[: len(looks)], strict=True):
+        row.update(private=m and m.private, shared=m and m.shared, proportional=m and m.proportional)
+    for (row, _), m in zip(held, found[len(looks) :], strict=True):
+        row["template_private"] = m and m.private
     rows = sorted(pockets.values(), key=lambda row: str(row["name"]))
     return {"services": services, "templates": templates, "pockets": rows, "workers": workers}
 
@@ -75,9 +88,9 @@ def _age(now: float, since: float) -> float:
     return max(0.0, now - since)  # the clock may have been set back
 
 
-def _generation(g: Generation) -> dict[str, Any]:
+def _generation(g: Generation) -> Row:
     """What only this generation still holds is its templates' and its sessions' memory."""
-    row: dict[str, Any] = {"number": g.number, "sessions": len(g.sessions), "pid": g.init_pid, "charged": None}
+    row: Row = {"number": g.number, "sessions": len(g.sessions), "pid": g.init_pid, "charged": None}
     if g.tree:
         try:
             row["charged"] = g.tree.stats().memory_current
@@ -86,15 +99,17 @@ def _generation(g: Generation) -> dict[str, Any]:
     return row
 
 
-def _pocket(service: RunningService, g: Generation, session: Session) -> dict[str, Any]:
-    count = sum(1 for _, s in service.sessions() if s.pocket == session.pocket)
-    row = {"name": session.pocket, "service": service.name, "state": "running", "workers": count, "charged": None}
-    if session.leaf and g.tree:
+def _pocket(name: str, sessions: list[tuple[RunningService, Generation, Session]]) -> Row:
+    service = sessions[-1][0].name
+    row: Row = {"name": name, "service": service, "state": "running", "workers": len(sessions), "charged": None}
+    for tree in dict.fromkeys(g.tree for _, g, s in sessions if s.leaf and g.tree):
         try:
-            with Cgroup(f"pockets/{session.pocket}", g.tree) as pocket:
-                row["charged"] = pocket.stats().memory_current
+            with Cgroup(f"pockets/{name}", tree) as pocket:
+                charged = pocket.stats().memory_current
         except OSError:
-            pass  # it ended just now
+            continue  # it ended just now
+        if charged is not None:
+            row["charged"] = (row["charged"] or 0) + charged
     return row
 
 
@@ -104,30 +119,20 @@ def _last(daemon: Daemon, pocket: str) -> dict[str, Any] | None:
     return max(found, key=lambda ending: ending["at"], default=None)
 
 
-def usage(leaf: Cgroup | None, until: float = math.inf) -> dict[str, Any]:
-    """Of all processes in a leaf: private, shared and proportional memory, what is charged to the leaf, cpu time. Of
-    those processes that could be looked at `until` then (time.monotonic()): pockets may make it take long.
-
-    `charged` is None where the host's cgroup2 lacks the memory controller.
-    """
-    row: dict[str, Any] = {"private": 0, "shared": 0, "proportional": 0, "charged": None, "cpu": 0.0, "processes": 0}
+def _look(row: Row, leaf: Cgroup | None) -> Place:
+    """What is charged to a leaf (None where the host's cgroup2 lacks the memory controller) and its cpu time, for its
+    row; and its processes, to be measured: of all of them together private, shared and proportional memory."""
+    row.update(charged=None, cpu=0.0, processes=0)
     if leaf is None or leaf.fd < 0:
-        return row
+        return "", ()
     try:
         stats = leaf.stats()
         row.update(charged=stats.memory_current, cpu=stats.cpu_usec / 1e6)
         pids = leaf.processes()
-        row["processes"] = len(pids)
-        for pid in pids:
-            if time.monotonic() > until:
-                break
-            m = processes.memory(pid)
-            row["private"] += m.private
-            row["shared"] = max(row["shared"], m.shared)
-            row["proportional"] += m.proportional
-    except (OSError, processes.Gone):
-        pass  # it ended while we looked
-    return row
+    except OSError:
+        return "", ()  # it ended while we looked
+    row["processes"] = len(pids)
+    return leaf.kernel_path, pids
 
 
 def logs(daemon: Daemon, peer: processes.Peer, name: str, lines: int) -> list[str]:

@@ -10,12 +10,11 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from cgroup.pressure import HOST, Trigger
-from nsutil import processes
-from pocketd import events
+from pocketd import events, measured
 
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
@@ -45,7 +44,7 @@ class Relief:
         try:
             while True:
                 await asyncio.sleep(_LOOK)
-                self.look()
+                await self.look()
         finally:
             if trigger:
                 loop.remove_reader(trigger.fileno())
@@ -86,7 +85,7 @@ class Relief:
             return True
         return False
 
-    def look(self) -> None:
+    async def look(self) -> None:
         now = time.monotonic()
         if self._squeezed and now - self._squeezed > _CALM:
             self._squeezed = 0.0
@@ -96,25 +95,22 @@ class Relief:
             age = holder.definition.max_age if holder.definition else None
             if age is not None and holder.definition and now - holder.born > age:
                 g.held.renew(self.daemon, holder.definition)
-        self._keep_to_budget()
+        await self._keep_to_budget()
 
-    def _keep_to_budget(self) -> None:
+    async def _keep_to_budget(self) -> None:
         budget = self.daemon.config.held_budget
         if budget is None:
             return
         holders = self._holders()
-        costs = [_private(holder.pid) + g.slots.private(holder.pocket) for g, holder in holders]
+        places = [[holder.itself, *g.slots.places(holder.pocket)] for g, holder in holders]
+        found = iter(await measured.memory(list(chain.from_iterable(places))))
+        costs = [sum(m.private for m in islice(found, len(own)) if m) for own in places]
         total = sum(costs)
         for (g, holder), cost in zip(holders, costs, strict=True):
             if total <= budget:
                 return
-            g.slots.give_way(holder.pocket)
-            why = f"pockets that are held have {total >> 20}M of their own, and [held] budget is {budget >> 20}M"
-            g.held.give_up(holder, why)
+            if holder.stale is None:  # else it was given up meanwhile
+                why = f"pockets that are held have {total >> 20}M of their own, and [held] budget is {budget >> 20}M"
+                g.slots.give_way(holder.pocket)
+                g.held.give_up(holder, why)
             total -= cost
-
-
-def _private(pid: int) -> int:
-    with suppress(OSError, processes.Gone):
-        return processes.memory(pid).private
-    return 0

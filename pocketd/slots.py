@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cgroup.node import Cgroup
-from nsutil import messages, processes
+from nsutil import messages
 from pocketd import events, orders, shown, wire
 from pocketd.definitions import Pocket
+from pocketd.measured import Place
 from pocketd.wire import Error, Message
 
 if TYPE_CHECKING:
@@ -346,14 +347,10 @@ class Slots:
             self._end(slot)
         return len(found)
 
-    def private(self, pocket: str) -> int:
-        """Private memory of those that wait, in bytes."""
-        total = 0
-        for slot in self.by_id.values():
-            if slot.pocket == pocket and slot.pid:
-                with suppress(OSError, processes.Gone):
-                    total += processes.memory(slot.pid).private
-        return total
+    def places(self, pocket: str) -> list[Place]:
+        """The processes of those that wait: for their memory."""
+        found = [slot for slot in self.by_id.values() if slot.pocket == pocket and slot.pid]
+        return [(slot.leaf.kernel_path, [slot.pid]) for slot in found]
 
     def close(self) -> None:
         for timer in self._filling.values():

@@ -98,9 +98,9 @@ def _service(daemon: Daemon, definition: Pocket) -> str | None:
     return next(iter(daemon.services)) if len(daemon.services) == 1 else None
 
 
-def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
+def state(daemon: Daemon, definition: Pocket) -> tuple[dict[str, Any], Holder | None]:
     """Whether a pocket is held, for `pocket ps`: "rehearsed", "held", "holding", "cool", or "not held" with
-    the reason."""
+    the reason. And its template, if there is one."""
     generations = [g for s in daemon.services.values() for g in s.generations()]
     ready = sum(g.slots.count(definition.name) for g in generations)
     took = max((g.slots.took.get(definition.name, 0.0) for g in generations), default=0.0)
@@ -108,17 +108,18 @@ def state(daemon: Daemon, definition: Pocket) -> dict[str, Any]:
     if definition.warm:
         slots = {"slots": ready, "warm": definition.warm, "slot_seconds": round(took, 4) or None}
     if not definition.is_held:
-        return {"held": None, **slots}
+        return {"held": None, **slots}, None
     for service in daemon.services.values():
         for g in service.generations():
             holder = g.held.current.get(definition.name)
             if holder:
                 why = holder.facts.get("not_rehearsed")
                 kind = "rehearsed" if holder.facts.get("rehearsed") else "held"
-                return {**slots, "held": kind, "why_not_rehearsed": why, **holder.usage()}
+                template = {"template_pid": holder.pid, "template_charged": holder.charged()}
+                return {**slots, "held": kind, "why_not_rehearsed": why, **template}, holder
             if g.held.holding(definition.name):
-                return {**slots, "held": "holding"}
+                return {**slots, "held": "holding"}, None
             failed = g.held.failed.get(definition.name)
             if failed and failed[0] == definition:
-                return {**slots, "held": "not held", "why_not_held": failed[1]}
-    return {**slots, "held": "cool"}
+                return {**slots, "held": "not held", "why_not_held": failed[1]}, None
+    return {**slots, "held": "cool"}, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Pocketd, service_environment
+from tests.launch import fuse
 from tests.launch.both import Both, read_line
 
 # What these say of the command holds of both: of `pocket`, in C, and of the whole command in Python.
@@ -68,6 +70,18 @@ def begun() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[fuse.Silent]:
+    place = tmp_path / "silent"
+    place.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            mounted = stack.enter_context(fuse.mounted(place))
+        except OSError as e:
+            pytest.skip(f"no FUSE here: {e}")
+        yield mounted
 
 
 MODEL = """

@@ -19,10 +19,11 @@ from nsutil import mounts
 from tests.conftest import ROOT
 
 # linux/fuse.h, version 7.31
-LOOKUP, FORGET, GETATTR, OPEN, WRITE, STATFS, RELEASE = 1, 2, 3, 14, 16, 17, 18
+LOOKUP, FORGET, GETATTR, OPEN, READ, WRITE, STATFS, RELEASE = 1, 2, 3, 14, 15, 16, 17, 18
 FLUSH, INIT, OPENDIR, RELEASEDIR, INTERRUPT, BATCH_FORGET = 25, 26, 27, 29, 36, 42
 IN, OUT = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
 TOP, FILE = 1, 2  # nodes
+SIZE = 4096  # of the file
 ENOSYS = 38
 
 
@@ -57,6 +58,8 @@ def answer(operation: int, node: int, request: bytes) -> tuple[int, bytes]:
         return 0, struct.pack("<QII", 0, 0, 0) + attributes(node)  # asked for each time
     if operation in (OPEN, OPENDIR):
         return 0, struct.pack("<QII", 1, 0, 0)
+    if operation == READ:
+        return 0, bytes(SIZE)
     if operation == STATFS:
         return 0, bytes(80)
     if operation in (FLUSH, RELEASE, RELEASEDIR):
@@ -66,7 +69,8 @@ def answer(operation: int, node: int, request: bytes) -> tuple[int, bytes]:
 
 def attributes(node: int) -> bytes:
     mode = stat.S_IFDIR | 0o777 if node == TOP else stat.S_IFREG | 0o666
-    return struct.pack("<6Q10I", node, 0, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+    size = SIZE if node == FILE else 0
+    return struct.pack("<6Q10I", node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
 
 class Silent:

@@ -50,18 +50,6 @@ def daemon(own_pocketd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     yield found
 
 
-@pytest.fixture
-def silent(tmp_path: Path) -> Iterator[fuse.Silent]:
-    place = tmp_path / "silent"
-    place.mkdir()
-    with contextlib.ExitStack() as stack:
-        try:
-            mounted = stack.enter_context(fuse.mounted(place))
-        except OSError as e:
-            pytest.skip(f"no FUSE here: {e}")
-        yield mounted
-
-
 Make = Callable[[], int]
 """A new descriptor that makes others wait. Those of FUSE stay open here: the test could not close them either."""
 
