@@ -398,7 +398,8 @@ async def _allow(c: Connection, message: Message, fds: Fds, progress: Callable[[
 
 
 async def _privileges(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:
-    return witness.privileges(c.daemon, c.peer, wire.field(message, "name", str))
+    async with c.looks:
+        return await witness.privileges(c.daemon, c.peer, wire.field(message, "name", str))
 
 
 async def _ps(c: Connection, message: Message, fds: Fds, progress: Callable[[str], None]) -> Message:

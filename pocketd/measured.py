@@ -61,10 +61,15 @@ def _measure(ours: socket.socket, places: Sequence[Place]) -> None:
         for pid in pids:
             with suppress(processes.Gone, OSError, NoCgroup2):
                 m = processes.memory(pid)
-                now = path_of(pid)
-                if now == path or now.startswith(f"{path}/"):  # else the pid is another's by now
+                if within(pid, path):  # else the pid is another's by now
                     private += m.private
                     shared = max(shared, m.shared)
                     proportional += m.proportional
             wire.send(ours, {})
         wire.send(ours, {"memory": [private, shared, proportional]})
+
+
+def within(pid: int, path: str) -> bool:
+    """Whether a process is in the cgroup at `path`, or beneath it. Raises OSError when it has ended, NoCgroup2."""
+    now = path_of(pid)
+    return now == path or now.startswith(f"{path}/")

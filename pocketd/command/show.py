@@ -109,6 +109,8 @@ def privileges(reply: dict[str, Any]) -> str:
         for key in ("uid_map", "cgroup", "limits", "mountinfo"):
             lines += [f"  {key}:", *(f"    {line}" for line in worker[key])]
         lines += ["  descriptors:", *(f"    {fd:<4}{path}" for fd, path in worker["descriptors"].items())]
+        lines += [f"  left out: {what}" for what in worker.get("left_out", ())]  # none of a pocketd before
+    lines += [f"left out: {what}" for what in reply.get("left_out", ())]
     return "".join(f"{printable(line)}\n" for line in lines)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cgroup.hierarchy import Hierarchy
+from pocketd import witness
 from pocketd.client import errors, login
 from tests.conftest import TIMEOUT, service_environment, toml_table
 
@@ -266,6 +267,43 @@ def test_the_kernels_word_on_a_worker(p, begun):
     text = p.says("inspect", "--privileges", "p")
     assert "CapBnd          0000000000000000" in text and "Max open files" in text
     assert "no worker of 'q'" in p.says("inspect", "--privileges", "q", code=127)
+
+
+MANY = """
+import ctypes, os, sys, threading
+open("/tmp/a\\n  left out: nothing", "w").close()
+fds = [os.open("/tmp/a\\n  left out: nothing", os.O_RDONLY) for _ in range(300)]
+end = threading.Event()
+for _ in range(1100):
+    threading.Thread(target=end.wait).start()
+ctypes.CDLL(None).prctl(15, b"\\x0bSeccomp:\\t0", 0, 0, 0)  # PR_SET_NAME
+print("ready", flush=True)
+sys.stdin.read()
+end.set()
+"""
+
+
+def test_a_worker_with_many_threads_and_descriptors_is_shown_in_part(p, begun):
+    (p.place / "app.py").write_text(MANY)
+    begun(p.daemon.command("p"), env=p.daemon.environment, stdin=subprocess.PIPE)
+    reply = json.loads(p.says("inspect", "--privileges", "--json", "p"))
+    (worker,) = reply["workers"]
+    (status,) = worker["status"]  # a thread's name adds no line to it
+    assert (status["threads"], status["Seccomp"]) == (witness.THREADS, "2")
+    assert [int(fd) for fd in worker["descriptors"]] == list(range(witness.DESCRIPTORS))
+    left_out = ["threads after the first 1000", "descriptors after the first 200"]
+    assert (worker["left_out"], reply["left_out"]) == (left_out, [])
+    lines = p.says("inspect", "--privileges", "p").split("\n")
+    assert [line for line in lines if line.startswith("  left out: ")] == [f"  left out: {what}" for what in left_out]
+
+
+def test_more_workers_than_are_shown_are_counted(p, begun):
+    (p.place / "app.py").write_text("import sys; print('ready', flush=True); sys.stdin.read()")
+    for _ in range(witness.WORKERS + 1):
+        begun(p.daemon.command("p"), env=p.daemon.environment, stdin=subprocess.PIPE)
+    reply = json.loads(p.says("inspect", "--privileges", "--json", "p"))
+    assert (len(reply["workers"]), reply["left_out"]) == (witness.WORKERS, ["1 workers"])
+    assert p.says("inspect", "--privileges", "p").endswith("\nleft out: 1 workers\n")
 
 
 # -- who may log in
