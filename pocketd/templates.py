@@ -139,7 +139,8 @@ class Templates:
 
     def _environment(self) -> dict[str, str]:
         # Libraries that find no home make one in /tmp and remove it at exit, which in a worker is another /tmp. Huge
-        # pages halve what a fork of a template costs.
+        # pages halve what a fork of a template costs. With a heap for each thread, a run's would grow where a rehearsal
+        # had not been: thousands of faults in its first look.
         env = {**spawn.BARE, "HOME": "/tmp", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"}
         # What pocketd itself was started with counts where the runtime reads it, as for any program started there.
         definition = self.generation.definition
