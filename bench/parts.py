@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +78,20 @@ def first_line(run: Run) -> None:
         run.undisturbed &= alone
         made = measures.first_line(service, own.BIN / "pocket", run.few(2, 6), run.few(10, 20))
         run.found.update(zip(("first-line", "command", "cpu"), made, strict=True))
+
+
+def steps(run: Run) -> None:
+    """What a worker's confinement costs a launch."""
+    command = [sys.executable, "-m", "bench.steps", str(run.few(5, 200)), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"bench.steps failed: {done.stderr}")
+    measure = run.found["steps"] = Measure("A worker's own place, and giving up all privileges, step by step", "s")
+    found = {name: [1e-6 * us for us in series] for name, series in json.loads(done.stdout).items()}
+    for name, series in found.items():
+        measure.add(name, *series)
+    confining = [series for name, series in found.items() if not name.startswith("(")]
+    measure.add("all steps", *map(sum, zip(*confining, strict=True)))
 
 
 def first_result(run: Run) -> None:
@@ -175,6 +191,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "deployed": sizes,
     "first-line": first_line,
     "launch": launches,
+    "steps": steps,
     "first-result": first_result,
     "scripts": scripts,
     "at-once": at_once,

@@ -1,11 +1,12 @@
 """What a worker's confinement costs: the steps of runtime.confinement and the mounts before it, each timed in children
 of this process that have the namespaces of a worker, many times, in turn.
 
-usage, as root: python -m bench.steps [TIMES]
+usage, as root: python -m bench.steps [TIMES [--json]]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
@@ -41,10 +42,18 @@ def child(programs: list[bytes], masks: confinement.Masks) -> dict[str, float]:
     os.setsid()
     m = mounts
     time_it("cgroup namespace", lambda: namespaces.unshare(namespaces.CLONE_NEWCGROUP))
+    time_it("host name", lambda: namespaces.set_hostname("bench"))
     time_it("loopback", namespaces.loopback_up)
     time_it("/proc", lambda: m.mount("proc", "/proc", "proc", m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC))
     time_it("masks of /proc", masks.apply)
     time_it("/tmp", lambda: m.tmpfs("/tmp", size=1 << 20, mode=0o1777))
+    time_it("/dev/shm", lambda: m.tmpfs("/dev/shm", size=1 << 20, mode=0o1777))
+    flags = m.MS_NOSUID | m.MS_NODEV | m.MS_NOEXEC
+    time_it("/dev/mqueue", lambda: m.mount("mqueue", "/dev/mqueue", "mqueue", flags))
+    terminals = "newinstance,ptmxmode=0666,mode=0620"
+    os.makedirs("/dev/pts", exist_ok=True)
+    time_it("/dev/pts", lambda: m.mount("devpts", "/dev/pts", "devpts", m.MS_NOSUID | m.MS_NOEXEC, terminals))
+    time_it("a directory that is shown", lambda: m.attach_as_named(m.open_tree("/usr/share"), "/mnt"))
     orders = {**ORDERS, "self": os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
     for name, step in confinement.steps(orders, programs):
         time_it(name, step)
@@ -75,6 +84,9 @@ def main() -> None:
         os.waitpid(pause.pid, 0)
         os.close(made.pidfd)
         os.close(pause.pidfd)
+    if sys.argv[2:] == ["--json"]:
+        print(json.dumps(found))
+        return
     width = max(map(len, found))
     for name, series in found.items():
         print(f"{name:<{width}}  {statistics.median(series):8.0f} us")
