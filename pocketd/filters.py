@@ -167,7 +167,7 @@ def _refuse(library: Any, add: _Add) -> None:
     for name in REFUSED:
         if name not in _TEMPLATES:
             add(library.ERRNO(errno.EPERM), name)
-    for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
+    for name in ("io_uring_setup", "io_uring_enter", "io_uring_register", "io_setup"):
         add(library.ERRNO(errno.ENOSYS), name)
 
 
