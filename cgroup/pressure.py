@@ -21,6 +21,12 @@ def stalled(kind: str = "full", path: str = HOST) -> float | None:
     return float(found[1]) if found else None
 
 
+def totals(text: str) -> dict[str, int]:
+    """Of the text of a memory.pressure file: microseconds in which "some", and in which all ("full"), waited, since
+    boot or since the cgroup was made."""
+    return {kind: int(total) for kind, total in re.findall(r"^(some|full) .*total=([0-9]+)$", text, re.MULTILINE)}
+
+
 class Trigger:
     """Tells when work has waited for memory for `stall` out of `window` seconds: a descriptor that is readable then.
 

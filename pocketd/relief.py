@@ -1,7 +1,8 @@
 """What was made ahead of time gives way: slots first, then pockets' templates, those least used first.
 
 It is asked for by the kernel (pressure stall information), by a launch that finds no room (pocketd.admission), and by
-the configured budget. What gave way is made again on demand: a launch that misses it goes the long way.
+the configured budget. To pressure that a pocket makes at limits of its own (pocketd.stalls) nothing of others gives
+way. What gave way is made again on demand: a launch that misses it goes the long way.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from cgroup.pressure import HOST, Trigger
 from pocketd import events, measured
+from pocketd.stalls import Stalls
 
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
@@ -30,20 +32,24 @@ _CALM = 30.0  # seconds without pressure before slots are made again
 class Relief:
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
-        self._squeezed = 0.0  # when anything last gave way
+        self.stalls = Stalls(daemon)
+        self._eased = 0.0  # when anything was last asked to give way
+        self._squeezed = 0.0  # and all pockets' slots
 
     def easing(self) -> bool:
         """Whether something gave way so lately that it may not have ended yet."""
-        return time.monotonic() - self._squeezed < _STEP
+        return time.monotonic() - self._eased < _STEP
 
     async def run(self) -> None:
         trigger = self._trigger()
         loop = asyncio.get_running_loop()
+        self.stalls.look()
         if trigger:
             loop.add_reader(trigger.fileno(), self._felt, trigger)
         try:
             while True:
                 await asyncio.sleep(_LOOK)
+                self.stalls.look()
                 await self.look()
         finally:
             if trigger:
@@ -52,7 +58,8 @@ class Relief:
 
     def _felt(self, trigger: Trigger) -> None:
         if trigger.happened() and not self.easing():
-            self.ease("this host stalls for memory")
+            own = self.stalls.own("some")
+            self.ease("it stalls for memory at limits of its own" if own else "this host stalls for memory", own)
 
     def _trigger(self) -> Trigger | None:
         try:
@@ -70,19 +77,24 @@ class Relief:
         found = [(g, holder) for g in self._generations() for holder in g.held.current.values() if holder.ready]
         return sorted(found, key=lambda pair: pair[1].used)
 
-    def ease(self, why: str) -> bool:
-        """One step: all slots that wait, or else one template. Whether there was anything."""
-        self._squeezed = time.monotonic()
+    def ease(self, why: str, only: Collection[str] = ()) -> bool:
+        """One step: all slots that wait, or else one template; `only` those of some pockets, where any are named.
+        Whether there was anything."""
+        self._eased = time.monotonic()
         slots = 0
         for g in self._generations():
-            g.slots.squeezed = True
-            slots += g.slots.give_way()
+            if only:
+                slots += sum(g.slots.give_way(name) for name in only)
+            else:
+                self._squeezed, g.slots.squeezed = self._eased, True
+                slots += g.slots.give_way()
         if slots:
             events.emit("slots-gave-way", "notice", count=slots, why=why)
             return True
         for g, holder in self._holders():
-            g.held.give_up(holder, why)
-            return True
+            if not only or holder.pocket in only:
+                g.held.give_up(holder, why)
+                return True
         return False
 
     async def look(self) -> None:
