@@ -4,6 +4,9 @@ user has as many sessions as one may have.
 The host's word is MemAvailable (proc_meminfo(5)) and its pressure stall information (kernel document
 accounting/psi). What pockets were promised by memory.low and have not used yet is not available to others, nor is the
 configured reserve. Nobody else is pushed into an out-of-memory kill by a launch that could have waited.
+
+The turn is that of the launch which has waited longest, of those that there is room for: one that needs much does not
+keep those waiting that need little. Of one uid two wait at most, as no more are in their turn (pocketd.turns).
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cgroup.node import Cgroup
 from cgroup.pressure import stalled
-from pocketd import events
+from pocketd import definitions, events
 from pocketd.subordinates import owner_of
 from pocketd.wire import Error
 
@@ -34,10 +38,50 @@ YOUNG = 2.0  # seconds in which a worker has not yet taken what it will
 _LOOK = 0.25  # seconds; no descriptor tells of MemAvailable
 
 
+@dataclass(frozen=True)
+class Room:
+    """What this host has for launches now. Bytes."""
+
+    available: int
+    pressure: float | None = None  # percent of the time that all stalls for memory; None without PSI
+    own: frozenset[str] = frozenset()  # pockets whose own that is (pocketd.stalls)
+    young: int = 0  # what workers that have only just begun may still take
+    promised: Mapping[str, int] = field(default_factory=dict)  # by pocket that runs: of its memory.low, not used yet
+
+
+@dataclass(eq=False)
+class Launch:
+    """One that wants room for a worker of pocket `name`."""
+
+    name: str
+    limits: Mapping[str, str]
+
+
+def refusal(launch: Launch, room: Room, rules: definitions.Admission) -> str | None:
+    """Why there is no room, or None."""
+    name, limits, pressure = launch.name, launch.limits, room.pressure
+    if pressure is not None and pressure >= rules.pressure and (name in room.own or not room.own):
+        whose = ", most of it this pocket at its own memory.max or memory.high" if room.own else ""
+        return f"this host stalls for memory {pressure:.0f}% of the time (the limit is {rules.pressure:g}%){whose}"
+    # What a pocket was promised is set aside from its first worker on.
+    need = WORKER if name in room.promised else max(WORKER, _number(limits.get("memory.low")))
+    most = _number(limits.get("memory.max"))
+    need = min(need, most) if most else need
+    promised = room.young + sum(size for other, size in room.promised.items() if other != name)
+    if need <= room.available - promised - rules.reserve:
+        return None
+    return (
+        f"a worker needs about {_size(need)}, and this host has {_size(room.available)} available, of which "
+        f"{_size(rules.reserve)} are kept in reserve and {_size(promised)} are promised to others"
+    )
+
+
 class Admission:
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
-        self._line: list[object] = []  # those who wait, first come, first served
+        self._line: list[Launch] = []  # those that wait, the oldest first
+        self._turn: Launch | None = None  # whose turn it was at the last look; it may be gone since
+        self._looked = 0.0
         self._launching: dict[str, int] = {}  # sessions that are not there yet, and their users
 
     @contextmanager
@@ -70,71 +114,72 @@ class Admission:
 
         `hold`, which stays the caller's, is one end of a socket whose other end whoever waits closes to give up.
         """
-        rules = self.daemon.config.admission
-        why = self.refusal(name, limits)
-        if why is None and not self._line:
+        rules, launch = self.daemon.config.admission, Launch(name, limits)
+        why = self._refusal(launch)
+        if why is None and self._next() is None:
             return
         if why:
-            self.daemon.relief.ease(f"a launch of {name} waits for memory")
+            self._ease(launch)
         why = why or "others wait for memory"
         if len(self._line) >= rules.queue:
             raise Error("host-memory", f"{name} was not started: {why}; {len(self._line)} launches wait already")
-        place = object()
-        self._line.append(place)
+        self._line.append(launch)
         events.emit("launch-waits", "notice", pocket=name, why=why, waiting=len(self._line))
         progress(f"waiting for memory: {why}")
         try:
             async with asyncio.timeout(rules.wait):
-                while self._line[0] is not place or self.refusal(name, limits):
+                while self._next() is not launch or self._refusal(launch):
                     if _closed(hold):
                         raise Error("gone", f"the caller of {name} did not wait")
                     if not self.daemon.relief.easing():
-                        self.daemon.relief.ease(f"a launch of {name} waits for memory")
+                        self._ease(launch)
                     await asyncio.sleep(_LOOK)
         except TimeoutError:
-            why = self.refusal(name, limits) or "others wait for memory"
+            why = self._refusal(launch) or "others wait for memory"
             raise Error(
                 "host-memory",
                 f"{name} was not started: {why}; it waited {rules.wait:g} s. End something (pocket ps), or change "
                 "[admission] in pocketd.conf",
             ) from None
         finally:
-            self._line.remove(place)
+            self._line.remove(launch)
 
-    def refusal(self, name: str, limits: Mapping[str, str]) -> str | None:
-        """Why there is no room now, or None."""
-        rules = self.daemon.config.admission
-        pressure = stalled()  # reclaiming what is idle is no stall for the kernel (Linux 5.9, seen)
-        if pressure is not None and pressure >= rules.pressure:
-            return f"this host stalls for memory {pressure:.0f}% of the time (the limit is {rules.pressure:g}%)"
-        running = any(s.pocket == name for _, s in self.daemon.sessions())
-        # What a pocket was promised is set aside from its first worker on.
-        need = WORKER if running else max(WORKER, _number(limits.get("memory.low")))
-        most = _number(limits.get("memory.max"))
-        need = min(need, most) if most else need
-        available, promised = memory_available(), self._promised(name)
-        if need <= available - promised - rules.reserve:
-            return None
-        return (
-            f"a worker needs about {_size(need)}, and this host has {_size(available)} available, of which "
-            f"{_size(rules.reserve)} are kept in reserve and {_size(promised)} are promised to others"
-        )
+    def _next(self) -> Launch | None:
+        """Whose turn it is, of those that wait. One in each while, so that what it takes is seen before the next."""
+        now = time.monotonic()
+        if not self._line:
+            self._turn = None
+        elif now - self._looked >= _LOOK:
+            room, rules = self._room(), self.daemon.config.admission
+            self._turn = next((launch for launch in self._line if refusal(launch, room, rules) is None), None)
+            self._looked = now
+        return self._turn
 
-    def _promised(self, name: str) -> int:
-        """Bytes that other pockets may still take: by memory.low, or as they have only just begun."""
-        now, config, promised = time.time(), self.daemon.config, 0
-        seen: set[str] = set()
-        for g, s in self.daemon.sessions():
+    def _ease(self, launch: Launch) -> None:
+        """What was made ahead of time gives way to a launch; where its pocket itself is why it waits, its own alone."""
+        only = [launch.name] if launch.name in self._stall()[1] else []
+        self.daemon.relief.ease(f"a launch of {launch.name} waits for memory", only)
+
+    def _refusal(self, launch: Launch) -> str | None:
+        return refusal(launch, self._room(), self.daemon.config.admission)
+
+    def _room(self) -> Room:
+        now, config, young = time.time(), self.daemon.config, 0
+        promised: dict[str, int] = {}
+        for _, s in self.daemon.sessions():
             if s.leaf and 0 <= now - s.started < YOUNG:  # less than 0: the clock was set back since
-                promised += max(0, WORKER - (_current(s.leaf) or 0))
-            if s.pocket in seen or s.pocket == name or not g.tree:
-                continue
-            seen.add(s.pocket)
-            definition = config.pockets.get(s.pocket)
-            low = _number((definition.limits if definition else config.run_limits).get("memory.low"))
-            if low:
-                promised += max(0, low - self._charged(s.pocket))
-        return promised
+                young += max(0, WORKER - (_current(s.leaf) or 0))
+            if s.pocket not in promised:
+                definition = config.pockets.get(s.pocket)
+                low = _number((definition.limits if definition else config.run_limits).get("memory.low"))
+                promised[s.pocket] = max(0, low - self._charged(s.pocket)) if low else 0
+        return Room(memory_available(), *self._stall(), young, promised)
+
+    def _stall(self) -> tuple[float | None, frozenset[str]]:
+        """Percent of the time that all stalls for memory; where it is too much, pockets whose own that is."""
+        pressure = stalled()  # reclaiming what is idle is no stall for the kernel (Linux 5.9, seen)
+        much = pressure is not None and pressure >= self.daemon.config.admission.pressure
+        return pressure, self.daemon.relief.stalls.own("full") if much else frozenset()
 
     def _charged(self, name: str) -> int:
         total = 0

@@ -55,6 +55,13 @@ def nothing():
     return None
 """
 SLEEPER = "import signal; print('ready', flush=True); signal.pause()"
+THRASHES = """
+print('ready', flush=True)
+b = bytearray(150 << 20)
+while True:
+    for n in range(0, len(b), 4096):
+        b[n] = 1
+"""
 CONFIG = f"""
 [service.resting]
 runtime = "python"
@@ -72,6 +79,13 @@ service = "plain"
 
 [pocket.second]
 service = "plain"
+
+[pocket.thrashes]
+service = "plain"
+
+[pocket.kept]
+service = "plain"
+warm = 1
 """
 
 
@@ -306,6 +320,40 @@ def test_a_host_that_stalls_for_memory_keeps_launches_waiting(swap):
         hog.kill()
         hog.wait()
         place.rmdir()
+
+
+def test_a_pocket_that_stalls_at_its_own_limit_costs_no_other_what_it_has(swap):
+    """Neither their slots nor their launches' start, though all that the host's pressure says is that it stalls."""
+    assert wait_for(lambda: pocket("warm", "kept") and slots("kept") == 1)  # what gave way before is made after a while
+    before = len(journal())
+    with rules(wait=600, pressure=5):
+        pocket("set", "thrashes", "memory.max=60M")  # the rules' reading would take it back
+        with Program("thrashes", THRASHES) as program:
+            assert program.line() == "ready"
+            assert wait_for(lambda: full("avg10") > 10)
+            assert wait_for(at_once)
+            launch = Launch("thrashes")
+            assert launch.waits("most of it this pocket at its own memory.max or memory.high")
+            assert full("avg10") > 5
+            assert slots("kept") == 1
+            assert "slots-gave-way" not in journal()[before:]
+            program.signal(signal.SIGKILL)
+            assert launch.works()
+    assert settled("thrashes")
+    pocket("cool", "kept")
+
+
+def slots(name: str) -> int:
+    (found,) = (row["slots"] for row in ps()["pockets"] if row["name"] == name)
+    return int(found)
+
+
+def at_once() -> bool:
+    """Whether a launch of another pocket does not wait for memory."""
+    said: list[str] = []
+    with login("second", timeout=TIMEOUT, progress=said.append) as session:
+        assert session.call("app:nothing") is None
+    return not any(line.startswith("waiting for memory: ") for line in said)
 
 
 def full(key: str) -> float:
