@@ -4,10 +4,14 @@ once they are quiet."""
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from nsutil.beneath import open_as_named
+from pocketd import permissions
 from pocketd.definitions import Pocket
 from pocketd.files import Watch
+from pocketd.wire import Error
 
 if TYPE_CHECKING:
     from pocketd.daemon import Daemon
@@ -30,6 +34,7 @@ class Changes:
         self.forget(name)
         sources = [str(m.source) for m in definition.mounts]
         apart = [os.path.join(directory, written) for written in definition.allow.write]
+        _make_places(definition)
         tops: list[str] = []
         if definition.is_held:
             tops = [directory, *(str(m.source) for m in definition.mounts if not m.writable)]
@@ -64,3 +69,14 @@ class Changes:
     def close(self) -> None:
         for pocket in self.names():
             self.forget(pocket)
+
+
+def _make_places(definition: Pocket) -> None:
+    """What the pocket may write and is not there yet: made now, it is no change later."""
+    with suppress(Error, OSError):  # whoever shows it says what is wrong
+        top = open_as_named(definition.dir, os.O_PATH | os.O_DIRECTORY)
+        try:
+            for name in definition.allow.write:
+                os.close(permissions.writable(top, name))
+        finally:
+            os.close(top)

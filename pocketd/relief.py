@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cgroup.pressure import HOST, Trigger
 from pocketd import events, measured
+from pocketd.held import REST
 from pocketd.stalls import Stalls
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Relief:
             return True
         for g, holder in self._holders():
             if not only or holder.pocket in only:
-                g.held.give_up(holder, why)
+                g.held.give_up(holder, why, _CALM)
                 return True
         return False
 
@@ -124,5 +125,5 @@ class Relief:
             if holder.stale is None:  # else it was given up meanwhile
                 why = f"pockets that are held have {total >> 20}M of their own, and [held] budget is {budget >> 20}M"
                 g.slots.give_way(holder.pocket)
-                g.held.give_up(holder, why)
+                g.held.give_up(holder, why, REST)
             total -= cost

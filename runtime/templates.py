@@ -93,7 +93,9 @@ class Templates:
             elif operation in ("forked", "refused"):
                 session = self.launching.pop(message.get("launch", 0), None)
                 if isinstance(session, Template):
-                    if operation == "forked":
+                    if session.number not in self.templates:
+                        pass  # it was given up meanwhile, and ends with its pause
+                    elif operation == "forked":
                         session.pid = message["pid"]
                     else:
                         self.refuse_template(session, message.get("error"))

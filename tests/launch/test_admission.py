@@ -18,7 +18,7 @@ from nsutil import messages
 from pocketd import control, subordinates, wire
 from pocketd.client.handshake import Login, open_login
 from pocketd.daemon import Daemon
-from tests.conftest import Pocketd, service_environment, toml_table, wait_for
+from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table, wait_for
 from tests.launch.test_wire_limits import NOBODY, OTHERS, START, ask, connect, control_of
 
 SUBORDINATE = 700_000  # the first of a hundred
@@ -141,11 +141,10 @@ def test_connections_of_subordinate_uids_are_their_owners(tmp_path: Path, monkey
 
     def full(uid: int) -> bool:
         with connect(uid) as s:
-            s.settimeout(0.2)
-            try:
-                return bool(wire.receive(s)[0]["error"]["message"].startswith("you have 3 connections"))
-            except TimeoutError:
-                return False
+            s.settimeout(TIMEOUT)
+            with contextlib.suppress(OSError):  # it may be closed already
+                wire.send(s, {"op": "nothing", "id": 1})
+            return bool(wire.receive(s)[0]["error"]["message"].startswith("you have 3 connections"))
 
     def all_said() -> list[bool]:
         with contextlib.ExitStack() as stack:

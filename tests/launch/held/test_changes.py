@@ -157,6 +157,32 @@ def test_cool_ends_the_making_too(hold):
     assert pocket.from_held().out == b"1\n"
 
 
+def test_a_making_that_is_ended_at_any_moment_costs_its_pocket_alone(hold):
+    """The service's own template answers for a pocket's that is not there any more."""
+    pocket = hold(f"import os\n{HERE}print(1)\n", "here =")
+    other = hold(f"{HERE}print(2)\n", "here =")
+    other.warm()
+
+    def roots() -> list[int]:
+        return [t["pid"] for t in pocket.pocketd.ps()["templates"] if t["service"] == "plain" and t["kind"] == "root"]
+
+    (root,) = roots()
+    for _ in range(5):
+        os.kill(root, signal.SIGSTOP)
+        try:
+            with pocket.pocketd.popen("warm", pocket.name, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL):
+                assert wait_for(lambda: pocket.row()["held"] == "holding")
+                assert wait_for(lambda: pocket.cgroup.exists())
+                pocket.pocketd.ps()
+                pocket.cool()
+        finally:
+            os.kill(root, signal.SIGCONT)
+        assert other.from_held().out == b"2\n"
+    assert pocket.gone()
+    assert roots() == [root]
+    assert other.from_held().out == b"2\n"
+
+
 @pytest.mark.parametrize("verb", [("set", "pids.max=500"), ("allow", "write=out")])
 def test_a_definition_changed_at_run_time(hold, verb):
     pocket = hold("import os\nhere = None\nprint(os.access('/pocket/out', os.W_OK))\n", "here =")
