@@ -37,7 +37,7 @@ def copy_library(place: Path) -> list[list[str]]:
             target = place / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.path.isdir(path):
-                shutil.copytree(path, target, dirs_exist_ok=True)
+                shutil.copytree(path, target, dirs_exist_ok=True, copy_function=_copy)
             else:
                 shutil.copy2(path, target)
             copied.append([str(target), name])
@@ -45,6 +45,16 @@ def copy_library(place: Path) -> list[list[str]]:
         why = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror  # that of the first of many
         raise Error("state", f"the service's own code cannot be copied to {place}: {why}; make room there") from None
     return copied
+
+
+def _copy(source: str, target: str) -> None:
+    """Bytecode may be written anew just now, by whoever runs its source; what cannot be copied of it is done without."""
+    try:
+        shutil.copy2(source, target)
+    except OSError:
+        if not source.endswith(".pyc"):
+            raise
+        Path(target).unlink(missing_ok=True)
 
 
 def library() -> list[list[str]]:
