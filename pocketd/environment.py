@@ -48,7 +48,7 @@ def copy_library(place: Path) -> list[list[str]]:
 
 
 def _copy(source: str, target: str) -> None:
-    """Bytecode may be written anew just now, by whoever runs its source; what cannot be copied of it is done without."""
+    """Bytecode may be written anew just now, by whoever runs its source; what cannot be copied of it is not needed."""
     try:
         shutil.copy2(source, target)
     except OSError:
