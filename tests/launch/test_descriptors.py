@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import faulthandler
 import os
-import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from nsutil import messages
 from pocketd import apart, control, wire
 from pocketd.client.handshake import Login, open_login
-from pocketd.daemon import Daemon
-from tests.conftest import Pocketd, service_environment, toml_table, wait_for
+from tests.conftest import ROOT, TIMEOUT, Pocketd, service_environment, toml_table, wait_for
 from tests.launch import fuse
 from tests.launch.test_faults import children
 from tests.launch.test_wire_limits import NOBODY, START, ask, connect, control_of, program
@@ -197,75 +195,24 @@ def test_nor_for_one_in_a_connection_that_is_refused(daemon: Pocketd, make: Make
         prompt(0)
 
 
-@pytest.fixture
-def one_thread() -> None:
-    """pocketd's children are forks of a process without other threads: pytest's watchdog is one."""
-    faulthandler.cancel_dump_traceback_later()
+def in_a_process(name: str) -> str:
+    """What a function of letting_go says in a process of its own: pocketd's children are forks of a process without
+    other threads, and pytest's has some."""
+    command = [sys.executable, "-c", f"from tests.launch import letting_go; print(letting_go.{name}())"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def refused(s: socket.socket) -> bool:
-    return bool(select.select([s], [], [], 0)[0])
-
-
-def test_connections_that_are_let_go_together_cost_one_child(one_thread: None) -> None:
+def test_connections_that_are_let_go_together_cost_one_child() -> None:
     """A child is a fork of pocketd, which takes its time from everybody."""
-    before = children(os.getpid())
-
-    async def most_children() -> int:
-        connections = []
-        for _ in range(100):
-            ours, theirs = messages.pair()
-            with ours, open("/dev/null") as null:
-                messages.send(ours, b"", [null.fileno()])
-            connections.append(theirs)
-        for connection in connections:
-            apart.let_go(connection)
-        most = 0
-        while any(connection.fileno() >= 0 for connection in connections):
-            most = max(most, len(children(os.getpid()) - before))
-            await asyncio.sleep(0)
-        most = max(most, len(children(os.getpid()) - before))
-        while children(os.getpid()) - before:
-            await asyncio.sleep(0)
-        return most
-
-    assert asyncio.run(most_children()) == 1
+    assert in_a_process("most_children") == "1\n"
 
 
-def test_no_more_are_accepted_than_can_be_let_go(
-    one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_are_accepted_than_can_be_let_go() -> None:
     """Where every child that could close them waits for somebody, connections wait before pocketd, not in it."""
-    monkeypatch.setattr(apart, "BEARERS", 0)
-    monkeypatch.setattr(apart, "LADEN", 20)
-    monkeypatch.setattr(control, "SHARE", 0)
-    monkeypatch.chdir(tmp_path)
-    tmp_path.chmod(0o755)
-    before = children(os.getpid())
-
-    async def accepted() -> int:
-        listening = control.Control(cast(Daemon, None), str(tmp_path / "pocketd.sock"), None)
-        os.chmod("pocketd.sock", 0o666)
-        callers = [connect(NOBODY) for _ in range(60)]  # the loop does not turn meanwhile
-        with open("/dev/null") as null:
-            for caller in callers:
-                send(caller, [null.fileno()], op="ps")
-        for _ in range(1000):
-            await asyncio.sleep(0)
-        at_first = sum(map(refused, callers))
-        monkeypatch.setattr(apart, "BEARERS", 8)
-        async with asyncio.timeout(PROMPT):
-            while not all(map(refused, callers)):
-                await asyncio.sleep(0.01)
-            monkeypatch.setattr(apart, "LADEN", 1)
-            while apart.burdened() or children(os.getpid()) - before:
-                await asyncio.sleep(0.01)
-        for caller in callers:
-            caller.close()
-        listening.close()
-        return at_first
-
-    assert asyncio.run(accepted()) == 20
+    assert in_a_process("accepted") == "20\n"
 
 
 ROLES = ["session", "hold", "dir", "notify", "credentials", "mount"]
