@@ -85,7 +85,7 @@ def page(results: dict[str, Any]) -> str:
         "| part | pocketd | seconds | load average before, after |",
         "|---|---|---:|---:|",
         *(
-            f"| {part} | {told['pocketd']} | {told['seconds']} | {told['load'][0]:.1f}, {told['load'][1]:.1f} |"
+            f"| {part} | {told['pocketd']} | {told['seconds']} | {', '.join(f'{load:.1f}' for load in told['load'])} |"
             for part, told in results["parts"].items()
         ),
     ]
