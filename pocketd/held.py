@@ -355,7 +355,8 @@ class Held:
         sizes = f"its template has {charged >> 20}M, one run {run >> 20}M, memory.max is {int(most) >> 20}M"
         if runs < 1:
             raise Error("hold", f"{sizes}: that leaves no room for a run")
-        holder.oom_score = min(1000, 1 + 1000 * charged // int(most))
+        # What the kernel compares is what each has in memory, of others' too; a little more, for its page tables.
+        holder.oom_score = min(1000, 50 + 1000 * _resident(holder.pid) // int(most))
         return runs
 
     # -- launching
@@ -498,6 +499,15 @@ class Held:
             holder = Holder(str(note["pocket"]), None, number, cgroup)
             self.by_number[number] = holder
             self.give_up(holder, "pocketd was started again")
+
+
+def _resident(pid: int) -> int:
+    """Bytes of a process that are in memory, shared ones too; 0 where it has ended (proc_pid_statm(5))."""
+    try:
+        with open(f"/proc/{pid}/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def give(leaf: int, uid: int) -> None:

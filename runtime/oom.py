@@ -6,7 +6,7 @@ Everything is read beneath the descriptor of the session's cgroup: a service has
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from pocketd.wire import Error, Message
 
@@ -19,9 +19,7 @@ def kills(leaf: int) -> int:
 def error(leaf: int, note: Message) -> Error:
     """Which limit killed a worker of this cgroup: of itself, or of what its pocket's limits stand on above it."""
     path = str(note.get("leaf", ""))
-    levels = [("", path)]
-    if note.get("adopted") is not True:  # of a cgroup that is somebody else's, what is above is not the pocket's
-        levels.append(("../", os.path.dirname(path)))
+    levels = [(at, os.path.normpath(f"{path}/{at}")) for at in _levels(note)]
     limited = [(at, cgroup, limit) for at, cgroup in levels for limit in [_number(leaf, f"{at}memory.max")] if limit]
     # memory.events.local counts how often this very limit was reached; memory.events has those below it too.
     hit = [level for level in limited if _events(leaf, f"{level[0]}memory.events.local").get("oom")]
@@ -38,12 +36,20 @@ def error(leaf: int, note: Message) -> Error:
     return Error("memory", text, pocket=pocket, limit=limit, peak=peak, cgroup=cgroup)
 
 
+def _levels(note: Message) -> Tuple[str, ...]:
+    """Where limits of a session may stand: at its cgroup, and at its pocket's, which is above it, or above the one of the
+    pocket's template that it came from. Of a cgroup that is somebody else's, what is above is not the pocket's."""
+    if note.get("adopted") is True:
+        return ("",)
+    return ("", "../", "../../") if note.get("held") else ("", "../")
+
+
 def threads(leaf: int, note: Message) -> Optional[Error]:
     """What may have ended a worker that aborted: libraries do when a thread of theirs cannot be started.
 
     The event is counted where the limit stands, or before Linux 6.11 where the process was.
     """
-    levels = ("",) if note.get("adopted") is True else ("", "../")
+    levels = _levels(note)
     limit = next((n for n in (_number(leaf, f"{at}pids.max") for at in levels) if n), None)
     if limit is None or not any(_events(leaf, f"{at}pids.events").get("max") for at in levels):
         return None

@@ -47,6 +47,15 @@ def test_the_limit_of_the_pocket_is_the_one_of_the_cgroup_above(cgroups):
     )
 
 
+def test_the_limit_of_a_held_pocket_is_above_its_template(cgroups):
+    cgroups("pocket", 200 * M, 1, 1)
+    cgroups("pocket/template-1")
+    leaf = cgroups("pocket/template-1/session", kills=1)
+    message, detail = error(leaf, leaf="/pocket/template-1/session", held=1048577)
+    assert message == "pocket detect was ended by its memory.max of 200.0M"
+    assert detail == {"limit": 200 * M, "peak": None, "cgroup": "/pocket"}
+
+
 def test_without_a_peak_none_is_said(cgroups):
     """Before Linux 5.19."""
     cgroups("pocket", 200 * M)
