@@ -37,7 +37,7 @@ def error(leaf: int, note: Message) -> Error:
 
 
 def _levels(note: Message) -> Tuple[str, ...]:
-    """Where limits of a session may stand: at its cgroup, and at its pocket's, which is above it, or above the one of the
+    """Where limits of a session may stand: at its cgroup, and at its pocket's, which is above it, or above that of the
     pocket's template that it came from. Of a cgroup that is somebody else's, what is above is not the pocket's."""
     if note.get("adopted") is True:
         return ("",)
