@@ -179,7 +179,8 @@ async def _introduce(
     message, received = await generation.init.call("launch", passed, host_network=host, **fields)
     with received:
         if len(received):
-            session.pid = orders.pid_of(received.take())
+            held = generation.held.current.get(session.pocket)  # it goes before its pocket's template, too
+            session.pid = orders.pid_of(received.take(), held.oom_score if held else 0)
     session.started = time.time()
 
 

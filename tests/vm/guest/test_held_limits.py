@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,9 +95,9 @@ def ways(name: str) -> list[str]:
 
 @contextmanager
 def started(name: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [BIN / "pocket", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([BIN / "pocket", name], env=environment, text=True, **pipes)
     with process:
         try:
             assert process.stdout and process.stdout.readline() == "begun\n"
