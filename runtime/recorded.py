@@ -166,7 +166,7 @@ class Recorder:
         line = self.line(frame, near=True)
         if line:
             self.refuse(f"it reads the whole environment{line}")
-        while os.path.basename(frame.f_code.co_filename) in _BETWEEN and frame.f_back:
+        while os.path.basename(frame.f_code.co_filename) in (*_BETWEEN, "<frozen _collections_abc>") and frame.f_back:
             frame = frame.f_back
         if os.path.basename(frame.f_code.co_filename) != "subprocess.py":
             self.noted.append(f"{frame.f_code.co_filename}, line {frame.f_lineno}, reads the whole environment")

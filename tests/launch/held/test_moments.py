@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -127,15 +128,12 @@ def test_what_was_taken_of_a_moment_is_told(hold, what):
     pocket.same()
 
 
-def test_a_library_that_reads_the_whole_environment_is_told(hold, pool):
+def test_a_library_that_reads_the_whole_environment_is_told(hold):
     """Whether it goes by that, or hands it on, nothing says."""
-    source = "import settings\nhere = None\nprint(settings.found.get('APP_MODE'))\n"
-    pocket = hold(source, "here =", packages="lib")
-    (pocket.place / "lib").mkdir()
-    pocket.write("lib/settings.py", "import reader\nfound = reader.read()\n")
-    pocket.write("lib/reader.py", "import os\ndef read(): return dict(os.environ)\n")
-    told = pocket.warm()["noted"] if pocket.pocketd.pocket("warm", pocket.name, check=False).returncode == 0 else []
-    assert told == [] or any("reads the whole environment" in line for line in told)
+    pocket = hold("import wsgiref.handlers\nhere = None\nprint(1)\n", "here =")
+    (noted,) = pocket.warm()["noted"]
+    assert re.search(r"wsgiref/handlers\.py, line [0-9]+, reads the whole environment$", noted)
+    pocket.same()
 
 
 def test_a_checkpoint_that_a_child_process_reaches(hold):
