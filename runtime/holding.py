@@ -268,6 +268,8 @@ class Holding:
             return
         if s.pid and s.status is None:
             self.reap()  # its worker was the last
+            if s.status is None:
+                return  # it leaves its cgroup before it can be reaped (do_exit): SIGCHLD follows
         elif not s.pid and not s.ended and s.launch not in self.launching:
             self.reap()
             if not s.ended:

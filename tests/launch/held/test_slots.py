@@ -8,12 +8,14 @@ import os
 import resource
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from cgroup.hierarchy import Hierarchy, path_of
 from runtime import workingset
 from tests.conftest import wait_for
-from tests.launch.both import Ended, ends, finish, read_line
+from tests.launch.both import TIMEOUT, Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, popen
 from tests.launch.held.test_program import HERE, PRINTS
 
@@ -203,3 +205,32 @@ def test_pages_are_made_where_others_cannot_be():
     had = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     areas[2][:: mmap.PAGESIZE] = b"1" * 1024
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - had < 100
+
+
+_SEIZE = 0x4206  # linux/ptrace.h
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_its_status_is_told_although_its_cgroup_is_empty_before_it_can_be_reaped(hold, warm):
+    """A process leaves its cgroup before its parent may wait for it (do_exit). One that is traced may be waited for
+    only when its tracer has let go of it, so here the time between the two is as long as we like."""
+    pocket = hold(f"import sys\n{HERE}print(flush=True)\ninput()\nsys.exit(7)\n", "here =", warm=warm)
+    pocket.warm()
+    run = popen(pocket)
+    read_line(run.stdout.fileno())
+    (worker,) = [w["pid"] for w in pocket.pocketd.workers() if w["pocket"] == pocket.name]
+    with Hierarchy.find() as found:
+        leaf = Path(found.mount.path + path_of(worker))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.ptrace(_SEIZE, worker, None, None) == 0, os.strerror(ctypes.get_errno())
+    try:
+        run.stdin.write(b"\n")
+        run.stdin.close()
+        os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+        assert wait_for(lambda: "populated 0" in (leaf / "cgroup.events").read_text())
+        other = popen(pocket)
+        other.communicate(b"\n", timeout=TIMEOUT)
+        assert other.returncode == 7  # init has heard of the empty one by then
+    finally:
+        os.waitpid(worker, 0)  # its tracer lets go of it
+    assert (run.wait(TIMEOUT), run.stderr.read()) == (7, b"")
