@@ -14,8 +14,8 @@ import pytest
 
 from cgroup.hierarchy import Hierarchy, path_of
 from runtime import workingset
-from tests.conftest import wait_for
-from tests.launch.both import TIMEOUT, Ended, ends, finish, read_line
+from tests.conftest import TIMEOUT, wait_for
+from tests.launch.both import Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, popen
 from tests.launch.held.test_program import HERE, PRINTS
 
