@@ -116,8 +116,8 @@ def in_worker(
     directory: Path = PROGRAMS,
     pocket: str | None = None,
 ) -> Run:
-    """Run a program of `directory` in a worker, from just before the request on the control socket; `pocket`: which has
-    it by its definition. Raises Failed."""
+    """Run a program of `directory` in a worker, timed from its request on the control socket; `pocket`: which has it by
+    its definition. Raises Failed."""
     with ExitStack() as stack:
         out, theirs = os.pipe()
         stack.callback(os.close, out)
@@ -134,7 +134,6 @@ def in_worker(
                 "umask": 0o022,
                 "stdio": [0, 1, 2],
             }
-            began = time.monotonic()
             login = open_login(
                 control,
                 mode="program",
@@ -152,7 +151,7 @@ def in_worker(
             fds.close()
             if message.get("op") == "exit":
                 break
-        return understood(text, began, time.monotonic(), message.get("status"), f"worker of {program}")
+        return understood(text, login.asked, time.monotonic(), message.get("status"), f"worker of {program}")
 
 
 def as_process(command: Sequence[str], directory: Path = PROGRAMS, environment: Any = None) -> Run:

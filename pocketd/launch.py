@@ -129,9 +129,9 @@ def make_plan(
     daemon: Daemon, generation: Generation, peer: processes.Peer, definition: Pocket | None, identity: str
 ) -> Plan:
     """Decide who the worker is: a pocket's own id, or the caller's own; root's caller gets an id of the range."""
-    offered = frozenset(generation.definition.models)
-    used = daemon.claimed | {s.note.get("uid", 0) for _, s in daemon.sessions()}
     if definition is None:
+        offered = frozenset(generation.definition.models)
+        used = daemon.claimed | {s.note.get("uid", 0) for _, s in daemon.sessions()}
         if "defaults.run" in daemon.config.invalid:
             raise Error(
                 "invalid", "[defaults.run] of the configuration is wrong; ad hoc runs would go without its limits"

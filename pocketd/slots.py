@@ -191,7 +191,9 @@ class Slots:
         identity = _identity()
         homes = orders.homes(definition)
         files = shown.defined_files(daemon.identities, definition, plan.uid, stack)
-        told = orders.orders(g, plan, definition.mode, files, None, {"slot": True, "homes": list(homes)})
+        program = str(definition.dir / definition.program) if definition.program else None
+        more: Message = {"slot": True, "homes": list(homes), "program": program}
+        told = orders.orders(g, plan, definition.mode, files, None, more)
         stack.callback(os.close, told)
         orders.make_pocket(g, plan.name, plan.limits, identity)  # last: what can fail was before it
         leaf = Cgroup(f"pockets/{plan.name}/{identity}", g.tree)
@@ -277,7 +279,6 @@ class Slots:
             raise Error("held", f"service {g.name} has ended, or the slot")
         del self.by_id[slot.id]
         slot.gone = True
-        orders.set_oom_score(slot.pidfd, slot.oom_score)
         slot.taken = asyncio.get_running_loop().create_future()
         # Init first: should pocketd end between the two, nothing runs that init does not know of.
         known = asyncio.ensure_future(g.init.call("assign", [given["hold"]], slot=slot.id, session=identity, note=note))
@@ -290,6 +291,7 @@ class Slots:
                 slot.answer(Error("held", f"its slot has ended: {e}"))
             _, fds = await known
             fds.close()
+            orders.set_oom_score(slot.pidfd, slot.oom_score)  # only now: it waits for a processor that is free
             try:
                 async with asyncio.timeout(TAKEN):
                     await slot.taken

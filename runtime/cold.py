@@ -178,7 +178,7 @@ def run(begin: Message, start: Message, why: str) -> NoReturn:
     environment = interpreter.environment(start)  # and nothing that this interpreter added to its own
     arguments: List[Any] = wire.field(start, "arguments", list, [])
     program, kind = wire.field(start, "program", bytes), wire.field(start, "kind", str)
-    signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
+    interpreter.block(start)
     privileges.dumpable(True)
     if begin["runtime"] == "exec":
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program does not expect that

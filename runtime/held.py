@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import select
-import signal
 import socket
 import time
 from contextlib import suppress
@@ -376,7 +375,7 @@ class Held:
 
     def resume(self, start: Message) -> None:
         """Its caller's blocked signals, and on top of all that is the caller's what the pocket's code set."""
-        signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
+        interpreter.block(start)
         self.carried.put_back()
         if self.collecting:
             gc.enable()

@@ -6,6 +6,7 @@ descriptors, the environment, signal dispositions, standard streams set up for a
 
 from __future__ import annotations
 
+import array
 import atexit
 import builtins
 import codecs
@@ -128,7 +129,8 @@ def adopt(start: Message, streams: Optional[Callable[[], object]] = None) -> Non
     (streams or set_streams)()
 
 
-_held_environment: Any = None  # what the C library's environ points to
+_environ = ctypes.c_void_p.in_dll(libc, "environ")
+_held_environment: Any = None  # what it points to
 
 
 def set_environment(pairs: Dict[bytes, bytes]) -> None:
@@ -139,11 +141,11 @@ def set_environment(pairs: Dict[bytes, bytes]) -> None:
     data.clear()
     data.update(pairs)
     strings = [name + b"=" + value + b"\0" for name, value in pairs.items()]
-    text = ctypes.create_string_buffer(b"".join(strings))
-    places = itertools.accumulate(map(len, strings[:-1]), initial=ctypes.addressof(text))
-    array = (ctypes.c_void_p * (len(strings) + 1))(*(places if strings else ()))  # and a null pointer
-    ctypes.c_void_p.in_dll(libc, "environ").value = ctypes.addressof(array)
-    _held_environment = array, text
+    text = array.array("b", b"".join(strings))
+    places = itertools.accumulate(map(len, strings[:-1]), initial=text.buffer_info()[0])
+    pointers = array.array("Q", [*(places if strings else ()), 0])
+    _environ.value = pointers.buffer_info()[0]
+    _held_environment = pointers, text
 
 
 def touch(streams: Callable[[], object]) -> None:
@@ -200,10 +202,15 @@ def dispositions(ignored: List[Any]) -> None:
                 pass  # no such signal, or one that glibc keeps for itself
 
 
-def blocked(start: Message) -> List[int]:
-    """The signals that the caller was started with as blocked."""
-    valid = signal.valid_signals()
-    return [n for n in wire.field(start, "blocked", list, []) if n in valid]
+_VALID = frozenset(map(int, signal.valid_signals()))
+
+
+def block(start: Message) -> None:
+    """Block the signals that the caller was started with as blocked, and no others."""
+    numbers = {n for n in wire.field(start, "blocked", list, []) if n in _VALID}
+    # By libc, since Python makes an enumeration's member of each signal that was blocked: by then all are.
+    mask = (ctypes.c_uint64 * 16)(sum(1 << n - 1 for n in numbers))
+    libc.pthread_sigmask(signal.SIG_SETMASK, ctypes.byref(mask), None)
 
 
 def set_locale() -> None:
@@ -245,25 +252,26 @@ def utf8_mode(ctype: str) -> bool:
 
 def set_streams() -> None:
     """sys.stdin, stdout and stderr as the caller's environment and terminal ask for. CPython: create_stdio, PEP 538."""
+    encoding = stream_encoding()
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        stream: Any = make_stream(fd, name, mode) if is_open(fd) else None
+        stream: Any = make_stream(fd, name, mode, encoding) if is_open(fd) else None
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
 
-def make_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
+def make_stream(fd: int, name: str, mode: str, encoding: Tuple[str, str]) -> io.TextIOWrapper:
     kind: Any = io.BufferedReader if mode == "r" else io.BufferedWriter
     text = io.TextIOWrapper.__new__(io.TextIOWrapper)
-    open_stream(text, kind.__new__(kind), fd, name, mode)
+    open_stream(text, kind.__new__(kind), fd, name, mode, encoding)
     return text
 
 
-def open_stream(text: Any, buffer: Any, fd: int, name: str, mode: str) -> None:
+def open_stream(text: Any, buffer: Any, fd: int, name: str, mode: str, encoded: Tuple[str, str]) -> None:
     """Make a standard stream, or make it anew, of these two objects, which a program may have kept.
 
-    `buffer` is not used where the environment wants output unbuffered.
+    `buffer` is not used where the environment wants output unbuffered. `encoded`: as `stream_encoding` says.
     """
-    encoding, errors = stream_encoding()
+    encoding, errors = encoded
     if name == "stderr":
         errors = "backslashreplace"
     unbuffered = mode == "w" and bool(os.environ.get("PYTHONUNBUFFERED"))

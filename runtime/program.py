@@ -13,10 +13,11 @@ import os
 import pkgutil
 import runpy
 import signal
+import stat
 import sys
 import types
 import warnings
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 from nsutil import processes
 from pocketd import wire
@@ -29,8 +30,40 @@ _HERE = os.path.dirname(__file__)
 Compiler = Callable[[bytes, str], Any]
 
 
+class Ahead(NamedTuple):
+    """A program's file as it was some time before its run: what it was read and compiled to."""
+
+    path: str
+    source: bytes
+    code: Any
+
+
+_ahead: Optional[Ahead] = None
+
+
 def compiled(source: bytes, path: str) -> Any:
     return compile(source, path, "exec", dont_inherit=True)
+
+
+def prepare(path: str) -> None:
+    """In a slot: compile the program that its run will most likely name, and go through the rest of what a run does
+    first, so that those pages are copies then already."""
+    global _ahead
+    processes.set_command_line([os.fsencode(path)])
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) or pkgutil.get_importer(path) is not None:
+            return
+        source = _read(path)
+        if _is_compiled(path, source):
+            return
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            code = compiled(source, path)
+    except Exception:
+        return  # its run says what is wrong with it
+    if not said:
+        _ahead = Ahead(path, source, code)
+    os.path.realpath(path)
 
 
 def run(start: Message, orders: Message, compiler: Compiler = compiled) -> int:
@@ -48,7 +81,7 @@ def run(start: Message, orders: Message, compiler: Compiler = compiled) -> int:
     apply_environment()
     if "packages" in start:
         put_packages_first(wire.field(start, "packages", str))
-    signal.pthread_sigmask(signal.SIG_SETMASK, interpreter.blocked(start))
+    interpreter.block(start)
     try:
         if kind == "file":
             return run_file(name, compiler)
@@ -171,15 +204,15 @@ def run_file(name: str, compiler: Compiler) -> int:
     if name == "-":
         return run_input()
     path = absolute(name)
-    importer = pkgutil.get_importer(path)
+    known = _known(path) if compiler is compiled else None
+    importer = None if known else pkgutil.get_importer(path)
     if importer is not None and _holds_main(importer):
         sys.path.insert(0, path)  # a directory or zip file with a __main__.py
         main_module()
         frames.alone(runpy._run_module_as_main, "__main__", False)  # type: ignore[attr-defined]
         return 0
     try:
-        with io.open_code(path) as f:
-            source = f.read()
+        source = known.source if known else _read(path)
     except OSError as e:
         if isinstance(e, IsADirectoryError):
             interpreter.complain(f"{sys.executable}: can't find '__main__' module in {path!r}\n")
@@ -188,16 +221,33 @@ def run_file(name: str, compiler: Compiler) -> int:
         return 2
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     namespace = main_module(__file__=path, __cached__=None)
-    if path.endswith(".pyc") or source[:2] == importlib.util.MAGIC_NUMBER[:2]:
+    if _is_compiled(path, source):
         namespace["__loader__"] = importlib.machinery.SourcelessFileLoader("__main__", path)
         if source[:4] != importlib.util.MAGIC_NUMBER:
             raise RuntimeError("Bad magic number in .pyc file")
         code = marshal.loads(source[16:])
     else:
         namespace["__loader__"] = importlib.machinery.SourceFileLoader("__main__", path)
-        code = compiler(source, path)
+        code = known.code if known else compiler(source, path)
     execute(code, namespace)
     return 0
+
+
+def _known(path: str) -> Optional[Ahead]:
+    """What `prepare` made of this file, if it still says the same."""
+    try:
+        return _ahead if _ahead and _ahead.path == path and _ahead.source == _read(path) else None
+    except OSError:
+        return None
+
+
+def _read(path: str) -> bytes:
+    with io.open_code(path) as f:
+        return f.read()
+
+
+def _is_compiled(path: str, source: bytes) -> bool:
+    return path.endswith(".pyc") or source[:2] == importlib.util.MAGIC_NUMBER[:2]
 
 
 def execute(code: Any, namespace: Dict[str, Any]) -> None:

@@ -81,6 +81,7 @@ class Streams:
 
     def restore(self) -> None:
         """The same stream objects, made anew over the descriptors that are there now."""
+        encoding = interpreter.stream_encoding()
         for fd, name, mode in _STREAMS:
             text, buffer = self._objects[name]
             if not interpreter.is_open(fd):
@@ -96,7 +97,7 @@ class Streams:
                 if not buffer.closed:
                     buffer.__init__(io.FileIO(fd, mode + "b", closefd=False))
             elif not below.closed:
-                interpreter.open_stream(text, buffer, fd, name, mode)
+                interpreter.open_stream(text, buffer, fd, name, mode, encoding)
                 for how in self._reconfigured.get(name, ()):
                     text.reconfigure(**how)
 

@@ -77,6 +77,8 @@ def run(
             fit(template, message)
             clean.restore()
             interpreter.touch(interpreter.set_streams)
+            if message.get("program"):
+                program.prepare(message["program"])
             own, sock = sock, slot.wait(sock, trace)
             wire.send(own, {"op": "taken"})
             own.close()

@@ -31,6 +31,7 @@ class Login(NamedTuple):
     hold: socket.socket
     reply: Dict[str, Any]
     id: str
+    asked: float  # when its request went out (CLOCK_MONOTONIC)
 
 
 def environment() -> List[Tuple[bytes, bytes]]:
@@ -92,9 +93,10 @@ def open_login(
                 "roles": roles,
                 **fields,
             }
+            asked = time.monotonic()
             reply = ask(control, "login", request, sent, progress, timeout, patience)
         stack.pop_all()
-        return Login(session, hold, reply, str(request["session"]))
+        return Login(session, hold, reply, str(request["session"]), asked)
 
 
 def ask(
