@@ -133,6 +133,7 @@ def memory(pid: int) -> Memory:
 # linux/prctl.h
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _title: list[object] = []  # the memory that the kernel reads /proc/self/cmdline from
+_places: list[int] = []  # of a process's map what no fork changes
 
 
 def set_command_line(words: Sequence[bytes]) -> bool:
@@ -144,16 +145,17 @@ def set_command_line(words: Sequence[bytes]) -> bool:
     text = b"\0".join(words) + b"\0"
     buffer = ctypes.create_string_buffer(text, len(text) + 1)
     start = ctypes.addressof(buffer)
-    with open("/proc/self/stat", "rb") as f:
-        stat = f.read()
-    fields = [b"", b"", b"", *stat[stat.rindex(b")") + 2 :].split()]  # fields[3] is the state
-    n = [int(v) for v in fields[4:]]
-    code, stack, data = n[22:24], n[24], n[41:43]
-    brk = n[43]
+    if not _places:
+        with open("/proc/self/stat", "rb") as f:
+            stat = f.read()
+        fields = [b"", b"", b"", *stat[stat.rindex(b")") + 2 :].split()]  # fields[3] is the state
+        n = [int(v) for v in fields[4:]]
+        _places[:] = *n[22:24], *n[41:43], n[43], n[24]
+    *code_and_data, brk, stack = _places
     present = libc.sbrk(0)
     auxiliary = 0
     packed = struct.pack(
-        "12QIi", *code, *data, brk, present, stack, start, start + len(text), start + len(text), start + len(text),
+        "12QIi", *code_and_data, brk, present, stack, start, start + len(text), start + len(text), start + len(text),
         auxiliary, 0, -1,
     )  # fmt: skip
     block = ctypes.create_string_buffer(packed, len(packed))

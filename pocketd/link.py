@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from nsutil.messages import DescriptorsLost, Fds, MessageError
@@ -92,26 +92,48 @@ class Link:
                 if self.sock is not None:
                     loop.remove_writer(sock.fileno())
 
-    async def call(
+    def call(
         self,
         op: str,
         fds: Iterable[int] = (),
         progress: Callable[[str], None] | None = None,
         timeout: float | None = 30.0,
         **fields: Any,
-    ) -> tuple[Message, Fds]:
-        """Make a request, await its reply; the caller owns the reply's descriptors. Raises Error, ConnectionError."""
-        number = next(self._ids)
+    ) -> Coroutine[Any, Any, tuple[Message, Fds]]:
+        """Make a request, at once where there is room for it, and await its reply; the caller owns the reply's
+        descriptors. Raises Error, ConnectionError when it is awaited."""
+        message = {"op": op, "id": next(self._ids), **fields}
         future: asyncio.Future[tuple[Message, Fds]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (future, progress)
+        unsent = None if self._try(message, fds) else (message, list(fds))
+        self._waiting[message["id"]] = (future, progress)
+        return self._reply(message, future, timeout, unsent)
+
+    def _try(self, message: Message, fds: Iterable[int]) -> bool:
+        """Send a message if that can be done now."""
+        if self.sock is None or self._sending.locked():
+            return False
         try:
-            await self.send({"op": op, "id": number, **fields}, fds)
+            wire.send(self.sock, message, fds)
+        except OSError:
+            return False
+        return True
+
+    async def _reply(
+        self,
+        request: Message,
+        future: asyncio.Future[tuple[Message, Fds]],
+        timeout: float | None,
+        unsent: tuple[Message, Iterable[int]] | None,
+    ) -> tuple[Message, Fds]:
+        try:
+            if unsent:
+                await self.send(*unsent)
             async with asyncio.timeout(timeout):
                 message, received = await future
         except TimeoutError:
-            raise Error("timeout", f"no answer to {op!r} within {timeout:g} s") from None
+            raise Error("timeout", f"no answer to {request['op']!r} within {timeout:g} s") from None
         finally:
-            del self._waiting[number]
+            del self._waiting[request["id"]]
         if "error" in message:
             received.close()
             raise Error.unwire(message["error"])

@@ -281,8 +281,7 @@ class Slots:
         slot.gone = True
         slot.taken = asyncio.get_running_loop().create_future()
         # Init first: should pocketd end between the two, nothing runs that init does not know of.
-        known = asyncio.ensure_future(g.init.call("assign", [given["hold"]], slot=slot.id, session=identity, note=note))
-        await asyncio.sleep(0)  # by now it is sent
+        known = g.init.call("assign", [given["hold"]], slot=slot.id, session=identity, note=note)
         try:
             marks.append(("pocketd wakes the slot", time.monotonic()))
             try:

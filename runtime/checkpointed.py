@@ -326,6 +326,7 @@ class Checkpointed(Held):
         said = {"kind": "file", "mode": "program", "program": os.fsencode(self.program), "environment": []}
         self.differing({**said, "directory": os.fsencode(self.orders["directory"])}, Fds())
         self.recorder.fill("argv", [self.program])
+        processes.set_command_line([os.fsencode(self.program)])
 
     def take_over(self, start: Message, given: Fds, sock: socket.socket, output: int) -> None:
         sock.close()

@@ -161,9 +161,10 @@ def touch(streams: Callable[[], object]) -> None:
             "arguments": [b"x"] * 4,
             "ignored": [],
         }
-        wire.send(ours, said)
-        start, fds = wire.receive(theirs)
-        fds.close()
+        wire.send(ours, said, [2] * 3)
+        for flags in (socket.MSG_PEEK, 0):
+            start, fds = wire.receive(theirs, flags)
+            fds.close()
     adopt(start, streams)
     code = compile("import os, sys, time\nclass C:\n  def f(self): return [1]\nC().f()\n", "<touch>", "exec")
     frames.alone(exec, code, {"__name__": "touch"})

@@ -78,7 +78,7 @@ def run(
             clean.restore()
             interpreter.touch(interpreter.set_streams)
             if message.get("program"):
-                program.prepare(message["program"])
+                touch(template, message["program"])
             own, sock = sock, slot.wait(sock, trace)
             wire.send(own, {"op": "taken"})
             own.close()
@@ -122,6 +122,13 @@ def run(
     except BaseException as e:
         tell(sock, e)
     os._exit(code)
+
+
+def touch(template: Any, path: str) -> None:
+    """In a slot: go through what is done with a start that names the program at `path`, which is most likely."""
+    is_way_out(2)
+    cold.reason(template.runtime, template.begin, {"mode": "program", "kind": "file", "program": os.fsencode(path)})
+    program.prepare(path)
 
 
 def fit(template: Any, message: Message) -> None:

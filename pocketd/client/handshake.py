@@ -31,7 +31,7 @@ class Login(NamedTuple):
     hold: socket.socket
     reply: Dict[str, Any]
     id: str
-    asked: float  # when its request went out (CLOCK_MONOTONIC)
+    asked: float = 0.0  # when its request went out (CLOCK_MONOTONIC)
 
 
 def environment() -> List[Tuple[bytes, bytes]]:
