@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from nsutil.library import load
 from nsutil.obstacles import Obstacle, inspect, reopen, shared_mappings
 
 __all__ = [
@@ -106,11 +107,7 @@ class _Range(ctypes.Structure):
 
 
 def _load() -> Any:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "livefork.so")
-    try:
-        library = ctypes.PyDLL(path)
-    except OSError as reason:
-        raise ImportError(f"{reason}; build it with: python setup.py build_livefork") from None
+    library = load()
     for name in ("livefork_fork", "livefork_clone", "livefork_pause"):
         getattr(library, name).restype = ctypes.c_long
     libc = ctypes.CDLL(None)
@@ -292,7 +289,8 @@ def fork(
 
 def pause(*, flags: int, cgroup: int | None = None, parent: bool = False) -> Child:
     """Clone a process that waits for ever, with no descriptor open: the first process of a pid namespace (flags with
-    CLONE_NEWPID). Orphans of its namespace are reaped by the kernel. Its end is the end of all in the namespace.
+    CLONE_NEWPID). Orphans of its namespace are reaped by the kernel. Its end is the end of all in the namespace. In a
+    network namespace of its own (CLONE_NEWNET) it brings up `lo`, soon.
 
     Made of this process, whose pages it shares until they change. Raises CloneError.
     """

@@ -17,14 +17,17 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <linux/sched.h>
+#include <net/if.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <ucontext.h>
@@ -652,6 +655,13 @@ long livefork_clone(struct livefork_request *q, struct livefork_failure *f) {
 
 /* ---- A process that only stands there ---------------------------------------------------------------------------- */
 
+/* Bring up `lo` in this process's own network namespace. netdevice(7). Where it fails, whoever joins does it again. */
+static void raise_loopback(void) {
+    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+    long fd = raw(SYS_socket, AF_INET, SOCK_DGRAM, 0, 0, 0, 0);
+    if (fd >= 0) raw(SYS_ioctl, fd, SIOCSIFFLAGS, (long)&request, 0, 0, 0);
+}
+
 long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
     static const uint64_t every_signal = ~0ULL, no_signal = 0;
     static const uint32_t header[2] = {0x20080522 /* _LINUX_CAPABILITY_VERSION_3 */, 0}, none[6] = {0};
@@ -662,6 +672,7 @@ long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
         raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, KERNEL_SIGSET, 0, 0);
         return pid;
     }
+    if (q->flags & CLONE_NEWNET) raise_loopback();
     raw(SYS_close_range, 0, ~0U, 0, 0, 0, 0);
     raw(SYS_prctl, PR_SET_NAME, (long)"pause", 0, 0, 0, 0);
     /* No capability, so that one with more may join its pid namespace (PTRACE_MODE_READ, setns(2)) without CAP_SYS_PTRACE;

@@ -50,6 +50,8 @@ def loopback_up() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack("16xh22x", fcntl.ioctl(s, _SIOCGIFFLAGS, request))[0]
+        if flags & _IFF_UP:
+            return  # to set them again waits for who else configures a network on this host (RTNL)
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
 
 

@@ -38,6 +38,8 @@ WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 HELD_FORK_TIMEOUT = 3.0  # seconds for a pocket's own: the launch goes another way then
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
+# Made ahead of time, with the pause.
+_OF_PAUSE = namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
 _REAPED = 64  # children in one turn
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
@@ -351,17 +353,17 @@ class Init(Templates, Holding, Slots, Output):
         return hold_socket(fd)
 
     def take_pause(self) -> clone.Child:
-        """A pause process, made ahead of time where there is one: a launch need not wait for it.
+        """A pause process, made ahead of time where there is one: a launch need not wait for it, nor for namespaces.
 
-        It stays in init's own cgroup: it holds a pid namespace and nothing that could be charged to a pocket.
+        It stays in init's own cgroup: it holds those and nothing that could be charged to a pocket.
         """
         pause, self.spare = self.spare, None
-        return pause or clone.pause(flags=namespaces.CLONE_NEWPID)
+        return pause or clone.pause(flags=_OF_PAUSE)
 
     def make_spare(self) -> None:
         if self.spare is None:
             try:
-                self.spare = clone.pause(flags=namespaces.CLONE_NEWPID)
+                self.spare = clone.pause(flags=_OF_PAUSE)
             except OSError:
                 pass  # the next launch makes its own, or says why it cannot
 

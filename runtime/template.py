@@ -16,15 +16,15 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from nsutil import clone, memory, namespaces, privileges
+from nsutil import arenas, clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker
 from runtime.trace import Trace
 
-# A private network namespace unless the pocket may use the host's.
-_FLAGS = namespaces.CLONE_NEWNS | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
+# What its pause has already, ahead of time: making a network namespace takes as long as all others (docs/design.md).
+_OF_PAUSE = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Template:
 def main(talk: socket.socket) -> None:
     """Load what `begin` names, then serve until the socket closes. Never returns in a template."""
     interpreter.set_up()
+    arenas.on_huge_pages()
     begin, fds = wire.receive(talk)
     fds.close()
     template = Template(talk, begin, runtimes.get(begin["runtime"]))
@@ -140,15 +141,19 @@ def fork_worker(
     handed = fds.rest()
     child, refused = None, ""
     try:
-        flags = _FLAGS if message["host_network"] else _FLAGS | namespaces.CLONE_NEWNET
         child = clone.live_fork(
-            flags=flags, cgroup=leaf, pid_namespace=pause, set_tid=[clone.free_pid(avoid)], parent=True
+            flags=namespaces.CLONE_NEWNS,
+            cgroup=leaf,
+            pid_namespace=pause,
+            set_tid=[clone.free_pid(avoid)],
+            parent=True,
         )
         if child is None:
             try:
                 trace.mark("the worker is born")
                 template.ancestors = avoid
-                worker.run(template, session, orders, handed, clean, trace)
+                kinds = _OF_PAUSE & ~(namespaces.CLONE_NEWNET if message["host_network"] else 0)
+                worker.run(template, session, orders, handed, (pause, kinds), clean, trace)
             finally:
                 os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
     except OSError as e:

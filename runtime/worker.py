@@ -29,18 +29,26 @@ FAILED = 125  # pocketd's own failure, as podman's
 
 
 def run(
-    template: Any, session_fd: int, orders: int, handed: List[int], clean: interpreter.Clean, trace: Trace
+    template: Any,
+    session_fd: int,
+    orders: int,
+    handed: List[int],
+    joins: Tuple[int, int],
+    clean: interpreter.Clean,
+    trace: Trace,
 ) -> NoReturn:
     """Become the worker of one session.
 
     `orders` is pocketd's word in a sealed memfd (launch._orders); `handed`: the output pipe in client mode, the file
-    trees, the credentials, the network.
+    trees, the credentials, the network; `joins`: its pause, and which namespaces of that one are made for it.
     """
     code = FAILED
     sock = socket.socket(fileno=session_fd)  # one it is: init has looked
     try:
         os.setsid()
-        processes.close_others({session_fd, orders, *handed, *template.reopen})
+        processes.close_others({session_fd, orders, joins[0], *handed, *template.reopen})
+        namespaces.setns(*joins)
+        os.close(joins[0])
         message = wire.unpack(memory.read_sealed(orders, ORDERS))
         os.close(orders)
         for fd in template.reopen:
