@@ -254,6 +254,12 @@ def revive(timeout: float = 5.0) -> int:
     return count
 
 
+def forget() -> None:
+    """In a child that has revived its threads: take away the handler by which they had been stopped, a signal's that
+    Python does not know of. The next `live_fork` installs one again."""
+    _library.livefork_forget()
+
+
 def fork(
     *,
     flags: int = 0,

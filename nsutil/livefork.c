@@ -637,6 +637,14 @@ int livefork_revive(int64_t timeout_ns, struct livefork_failure *f) {
     return (int)back;
 }
 
+void livefork_forget(void) {
+    struct sigaction action;
+    if (!park_signal || sigaction(park_signal, NULL, &action) || action.sa_sigaction != on_park) return;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = SIG_DFL;
+    sigaction(park_signal, &action, NULL);
+}
+
 int livefork_revived(int32_t *before, int32_t *after, uint32_t room) {
     struct parked *p = atomic_load(&table);
     uint32_t n = 0;
@@ -655,11 +663,17 @@ long livefork_clone(struct livefork_request *q, struct livefork_failure *f) {
 
 /* ---- A process that only stands there ---------------------------------------------------------------------------- */
 
-/* Bring up `lo` in this process's own network namespace. netdevice(7). Where it fails, whoever joins does it again. */
-static void raise_loopback(void) {
-    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP};
-    long fd = raw(SYS_socket, AF_INET, SOCK_DGRAM, 0, 0, 0, 0);
-    if (fd >= 0) raw(SYS_ioctl, fd, SIOCSIFFLAGS, (long)&request, 0, 0, 0);
+int livefork_raise_loopback(void) {
+    struct ifreq request = {.ifr_name = "lo"};
+    long fd = raw(SYS_socket, AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0, 0, 0, 0), r = fd;
+    if (fd < 0) return (int)r;
+    r = raw(SYS_ioctl, fd, SIOCGIFFLAGS, (long)&request, 0, 0, 0);
+    if (r == 0 && !(request.ifr_flags & IFF_UP)) { /* to set them waits for all who configure a network (RTNL) */
+        request.ifr_flags |= IFF_UP;
+        r = raw(SYS_ioctl, fd, SIOCSIFFLAGS, (long)&request, 0, 0, 0);
+    }
+    raw(SYS_close, fd, 0, 0, 0, 0, 0);
+    return (int)r;
 }
 
 long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
@@ -672,7 +686,7 @@ long livefork_pause(struct livefork_request *q, struct livefork_failure *f) {
         raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, KERNEL_SIGSET, 0, 0);
         return pid;
     }
-    if (q->flags & CLONE_NEWNET) raise_loopback();
+    if (q->flags & CLONE_NEWNET) livefork_raise_loopback(); /* where it fails, whoever joins says so */
     raw(SYS_close_range, 0, ~0U, 0, 0, 0, 0);
     raw(SYS_prctl, PR_SET_NAME, (long)"pause", 0, 0, 0, 0);
     /* No capability, so that one with more may join its pid namespace (PTRACE_MODE_READ, setns(2)) without CAP_SYS_PTRACE;

@@ -48,6 +48,9 @@ long livefork_fork(struct livefork_request *, struct livefork_failure *f);
 /* In the child: bring the threads back and restore the signal mask. How many, or -1: then the process must end. */
 int livefork_revive(int64_t timeout_ns, struct livefork_failure *f);
 
+/* In the child: take away the handler by which threads were stopped. The next fork installs one again. */
+void livefork_forget(void);
+
 /* The thread ids of the threads of the last park: as they were, and as they are in this child. */
 int livefork_revived(int32_t *before, int32_t *after, uint32_t room);
 
@@ -56,6 +59,9 @@ long livefork_clone(struct livefork_request *, struct livefork_failure *f);
 
 /* Clone a process that waits for ever, for a pid namespace's first process. Never 0. */
 long livefork_pause(struct livefork_request *, struct livefork_failure *f);
+
+/* Bring up `lo` in the present network namespace, unless it is up. netdevice(7). 0, or minus errno. */
+int livefork_raise_loopback(void);
 
 /* Replace mappings by private copies at the same place, while every other thread is parked. 0 or -1. */
 int livefork_privatize(const struct livefork_range *, uint32_t count, int64_t timeout_ns, struct livefork_failure *f);

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
-import socket
-import struct
 from pathlib import Path
 
 from nsutil import clone, privileges
+from nsutil.library import load
 from nsutil.syscalls import check, libc
 
 # linux/sched.h
@@ -27,8 +25,7 @@ CLONE_NEWNET = 0x40000000
 CLONE_NEWTIME = 0x00000080  # a flag of unshare and clone3; of clone it is part of the exit signal
 ALL = (CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET)
 
-# net/if.h, linux/sockios.h
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+_library = load()
 
 
 def unshare(flags: int) -> None:
@@ -46,13 +43,10 @@ def set_hostname(name: str) -> None:
 
 
 def loopback_up() -> None:
-    """Bring up `lo` in the present network namespace."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-        request = struct.pack("16sh22x", b"lo", 0)
-        flags = struct.unpack("16xh22x", fcntl.ioctl(s, _SIOCGIFFLAGS, request))[0]
-        if flags & _IFF_UP:
-            return  # to set them again waits for who else configures a network on this host (RTNL)
-        fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
+    """Bring up `lo` in the present network namespace, unless it is up."""
+    failed = -_library.livefork_raise_loopback()
+    if failed:
+        raise OSError(failed, f"lo: {os.strerror(failed)}")
 
 
 def own_user(uid: int, gid: int, proc: int) -> bool:

@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
+from nsutil import clone
 from nsutil.syscalls import libc
 from pocketd import wire
 from pocketd.wire import Message
@@ -98,10 +99,7 @@ class Clean:
         atexit.register(_run_inherited_exits)  # first, so it runs last
         global _known
         _known = len(sys.modules)
-        # One of these is the live fork's own, by which it stopped the template's threads; Python does not know of it.
-        for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
-            if signal.getsignal(number) in (None, signal.SIG_DFL):
-                signal.signal(number, signal.SIG_DFL)
+        clone.forget()
         gc.enable()
 
 
