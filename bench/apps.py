@@ -58,3 +58,9 @@ def definitions(service: str, place: Path, app: App, warm: int) -> str:
     if warm:
         lines += [f"[pocket.{app.name}-imported]", *common, "warm = 2"]
     return "\n".join([*lines, ""])
+
+
+def client(service: str, place: Path, name: str, model: str, warm: int) -> str:
+    """For pocketd.conf: a pocket whose clients may use a model of the service, in `warm` slots."""
+    lines = [f"[pocket.{name}]", f"service = {json.dumps(service)}", f"dir = {json.dumps(str(place))}"]
+    return "\n".join([*lines, f"allow = {{ models = [{json.dumps(model)}] }}", f"warm = {warm}", ""])

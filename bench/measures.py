@@ -79,10 +79,10 @@ def first_line(service: Service, pocket: Path, rounds: int, launches: int) -> li
     return [line, whole, cpu]
 
 
-def client_result(service: Service, name: str = "mobilenet") -> tuple[float, float, float]:
+def client_result(service: Service, name: str = "mobilenet", pocket: str | None = None) -> tuple[float, float, float]:
     """Login to first result of a model, in seconds; seconds of the same call again; and the sum of the result."""
     began = time.monotonic()
-    with login(service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir) as session:
+    with login(pocket or service.name, directory=str(PROGRAMS), runtime_dir=service.runtime_dir) as session:
         model = session.model(name)
         image = session.tensor(models.INPUTS[name], "float32")
         image.numpy()[...] = 0.5
@@ -98,11 +98,17 @@ def first(results: Any) -> Any:
     return (results[0] if isinstance(results, (list, tuple)) else results).numpy()
 
 
-def first_result(service: Service, work: Path, file: Path, rounds: int, launches: int) -> Measure:
-    """Launch to the first result of MobileNetV2: an unmodified script, and a client of a service that holds it; and a
-    client of gRPC."""
+def first_result(pockets: Pockets, work: Path, file: Path, rounds: int, launches: int) -> Measure:
+    """Launch to the first result of MobileNetV2: an unmodified script, a client of a service that holds it, on demand
+    and from a slot, and a client of gRPC."""
     measure = Measure("Launch to first result of MobileNetV2", "s")
-    with service.control() as control, rpc.server(work, {"mobilenet": file}) as server:
+    service = pockets.service
+    with ExitStack() as stack:
+        control, server = (
+            stack.enter_context(service.control()),
+            stack.enter_context(rpc.server(work, {"mobilenet": file})),
+        )
+        pocket = stack.enter_context(pockets.client_slots("mobilenet", 2))
         for round in range(rounds):
             measure.add("monolith, builds", launch.monolith("build.py").result or 0.0)
             loads = launch.monolith("load.py", str(file))
@@ -111,18 +117,21 @@ def first_result(service: Service, work: Path, file: Path, rounds: int, launches
                 measure.add("program, builds", launch.in_worker(control, service.name, "build.py").result or 0.0)
                 time.sleep(REST)
             for number in range(launches):
-                seconds, again, said = client_result(service)
-                time.sleep(REST)
-                if abs(said - loads.said["sum"]) > 1e-3 * abs(said):
-                    raise Failed(f"a client's result {said} is not the monolith's {loads.said['sum']}")
+                for name, there in (("client", None), ("client, slot", pocket)):
+                    seconds, again, said = client_result(service, pocket=there)
+                    if abs(said - loads.said["sum"]) > 1e-3 * abs(said):
+                        raise Failed(f"a client's result {said} is not the monolith's {loads.said['sum']}")
+                    if round or number:
+                        measure.add(name, seconds)
+                        measure.add("inference alone" if there is None else "inference alone, slot", again)
+                    pockets.settle()
+                    time.sleep(REST)
                 if round or number:
-                    measure.add("client", seconds)
-                    measure.add("inference alone", again)
                     seconds, again, _ = rpc.result(server.address, "mobilenet")
                     measure.add("gRPC client, from its connection", seconds)
                     measure.add("gRPC client, inference alone", again)
     measure.compare("monolith, builds", ["program, builds"])
-    measure.compare("monolith, loads", ["client", "gRPC client, from its connection"])
+    measure.compare("monolith, loads", ["client", "client, slot", "gRPC client, from its connection"])
     measure.compare("client", ["inference alone"])
     return measure
 

@@ -98,7 +98,8 @@ def first_result(run: Run) -> None:
     file = run.model("mobilenet")
     with undisturbed() as alone, service_with(run.work, {"mobilenet": file}) as service:
         run.undisturbed &= alone
-        run.found["first-result"] = measures.first_result(service, run.work, file, run.few(1, 5), run.few(8, 20))
+        pockets = Pockets(service, run.work, run.place)
+        run.found["first-result"] = measures.first_result(pockets, run.work, file, run.few(1, 5), run.few(8, 20))
 
 
 def round_trip(run: Run) -> None:

@@ -107,10 +107,23 @@ class Pockets:
     @contextmanager
     def holding(self, app: App, warm: int) -> Iterator[dict[str, Any]]:
         """Its template and its slots, made and given up; what pocketd says of it."""
+        names = [app.name, f"{app.name}-imported"] if warm else [app.name]
+        with self._there(apps.definitions(self.service.name, self.place, app, warm), names) as said:
+            yield said
+
+    @contextmanager
+    def client_slots(self, model: str, warm: int) -> Iterator[str]:
+        """Slots of a pocket for clients of a model of the service. Gives its name."""
+        name = f"client-of-{model}"
+        with self._there(apps.client(self.service.name, self.place, name, model, warm), [name]):
+            yield name
+
+    @contextmanager
+    def _there(self, definitions: str, names: list[str]) -> Iterator[dict[str, Any]]:
         self._mark = self._log.stat().st_size
         try:
-            self._define(apps.definitions(self.service.name, self.place, app, warm))
-            self._names = [app.name, f"{app.name}-imported"] if warm else [app.name]
+            self._define(definitions)
+            self._names = names
             with self.service.control() as control:
                 said: list[dict[str, Any]] = [control.call("warm", name=n, timeout=PATIENCE) for n in self._names]
             self.settle()

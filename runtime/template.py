@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 import os
+import select
+import signal
 import socket
 import time
 import traceback
@@ -20,11 +22,12 @@ from nsutil import arenas, clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker
+from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker, workingset
 from runtime.trace import Trace
 
 # What its pause has already, ahead of time: making a network namespace takes as long as all others (docs/design.md).
 _OF_PAUSE = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
+FIRST_CALLS = 60.0  # seconds that a first call of each model may take
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Template:
     reopen: Tuple[int, ...] = ()
     pools: List[threads.Setter] = field(default_factory=list)
     masks: confinement.Masks = field(default_factory=confinement.Masks)
+    pages: workingset.WorkingSet = field(default_factory=workingset.WorkingSet)  # of a first call of each model
 
     def say(self, message: Message, fds: Iterable[int] = ()) -> None:
         wire.send(self.talk, message, fds)
@@ -94,6 +98,8 @@ def warm(template: Template) -> None:
             memory.collapse()  # a warmer one shares these pages, and would have them twice
         gc.freeze()
         gc.disable()
+        if template.models:
+            template.pages = pages_of_first_calls(template.models)
     except BaseException as e:
         if not isinstance(e, Error):
             traceback.print_exc()
@@ -111,6 +117,32 @@ def warm(template: Template) -> None:
         [files],
     )
     os.close(files)
+
+
+def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
+    """The pages that a worker's first call of each model makes its own, as seen in a child that makes them; none where
+    that comes to no end."""
+    report = os.memfd_create("pages", os.MFD_CLOEXEC)
+    try:
+        try:
+            child = clone.live_fork()
+        except clone.CloneError:
+            return workingset.WorkingSet()  # each launch will say why
+        if child is None:
+            try:
+                clone.revive()
+                for model in known.values():
+                    model.rehearse()
+                os.pwrite(report, workingset.measure().pack(), 0)
+            finally:
+                os._exit(0)
+        if not select.select([child.pidfd], [], [], FIRST_CALLS)[0]:
+            os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        os.close(child.pidfd)
+        return workingset.WorkingSet.unpack(os.pread(report, os.fstat(report).st_size, 0)).here()
+    finally:
+        os.close(report)
 
 
 def serve(template: Template) -> Optional[Template]:

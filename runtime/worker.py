@@ -84,6 +84,8 @@ def run(
             randomness.renew()
             fit(template, message)
             clean.restore()
+            if message["mode"] == "client":
+                template.pages.make()
             interpreter.touch(interpreter.set_streams)
             if message.get("program"):
                 touch(template, message["program"])

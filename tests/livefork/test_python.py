@@ -257,3 +257,21 @@ def act():
 assert child_says(act) == [errno.EBUSY, True, 4, 4]
 """
     )
+
+
+def test_a_child_can_give_the_signal_back(python: Python) -> None:
+    python(
+        WORKERS
+        + """
+import re
+def caught():
+    return int(re.search(r"SigCgt:\\t([0-9a-f]+)", open("/proc/self/status").read())[1], 16)
+before = caught()
+def act():
+    clone.revive()
+    while_forked = caught()
+    clone.forget()
+    return [while_forked != before, caught() == before, ask() == expected, child_says(revived(ask)) == expected]
+assert child_says(act) == [True] * 4
+"""
+    )

@@ -8,13 +8,15 @@ import os
 import resource
 import signal
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from cgroup.hierarchy import Hierarchy, path_of
 from runtime import workingset
-from tests.conftest import TIMEOUT, wait_for
+from tests.conftest import ROOT, TIMEOUT, wait_for
 from tests.launch.both import Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, popen
 from tests.launch.held.test_program import HERE, PRINTS
@@ -61,6 +63,47 @@ def test_a_slot_of_a_program_that_looked_at_its_directory(hold):
     pocket.same(way="slot")
     pocket.warm()
     assert pocket.pocket(cwd="/usr").out.endswith(b"/usr /usr\n")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys\nx = 1\nprint(x is 1, sys.argv[1:])\n",  # a SyntaxWarning
+        "import sys\nprint(\n",  # a SyntaxError
+        "import inspect\ndef f(): pass\nprint(inspect.getsource(f), __file__, __loader__ is not None)\n",
+        "def f():\n    raise ValueError\nf()\n",
+    ],
+)
+def test_a_program_that_was_compiled_ahead_is_as_any_other(hold, source):
+    pocket = hold(source, None, warm=1)
+    pocket.warm()
+    pocket.same("a", way="slot")
+
+
+def test_a_program_that_has_changed_since_it_was_compiled(tmp_path):
+    """pocketd ends the slots of a pocket whose files change, as soon as it hears of it."""
+    script = """
+        import os, sys
+        from pathlib import Path
+        from runtime import program
+        path = Path(sys.argv[1])
+        path.write_text("print('first')")
+        program.prepare(str(path))
+        assert program._ahead.path == str(path)
+        program.run_file(str(path), program.compiled)
+        path.write_text("print('other')")
+        program.run_file(str(path), program.compiled)
+        path.unlink()
+        path.mkdir()
+        (path / "__main__.py").write_text("print('directory')")
+        program.run_file(str(path), program.compiled)
+        fifo = path.parent / "fifo"
+        os.mkfifo(fifo)
+        program.prepare(str(fifo))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "app.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=TIMEOUT, check=False)
+    assert (done.stdout, done.stderr) == (b"first\nother\ndirectory\n", b"")
 
 
 def test_each_serves_one_run(hold):
