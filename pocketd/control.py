@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
 CONNECTIONS = 512  # at once; the listening queue holds those beyond
-BACKLOG = 256  # of the listening queue: who connects waits for those before it, and where it is full sleeps
+BACKLOG = 32  # of the listening queue: who connects waits for all before it, and sleeps where it is full
 RESERVED = 64  # of them for root alone
 SHARE = 128  # of them for one other uid
 RATE, BURST = 200.0, 200  # requests and connections in a second of one uid but root's, and how many of them at once
