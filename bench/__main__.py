@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,25 +39,27 @@ def main() -> int:
     if os.geteuid():
         print("bench: pocketd needs root, and so do its benchmarks", file=sys.stderr)
         return 1
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    file = arguments.results / "results.json"
+    before = file.read_text() if file.exists() else ""
+    results: dict[str, Any] = {}
     try:
-        results = run(arguments.only, arguments.quick)
+        for results in run(arguments.only, arguments.quick):  # one that is interrupted keeps what it has by then
+            results = merged(before, results)
+            file.write_text(json.dumps(results, indent=1) + "\n")
     except own.Trouble as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    file = arguments.results / "results.json"
-    results = merged(file, results)
-    file.write_text(json.dumps(results, indent=1) + "\n")
     plots = plot.draw(results, arguments.results)
     print(show.text(results))
     print(f"\n{os.path.relpath(arguments.results)}: {', '.join(['results.json', *plots])}")
     return int(any(part in results["missing"] for part in arguments.only))
 
 
-def run(wanted: Sequence[str], quick: bool) -> dict[str, Any]:
-    """Measure what is wanted. Raises Trouble."""
+def run(wanted: Sequence[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure what is wanted; gives all results so far after each part. Raises Trouble."""
     parts: dict[str, Any] = {}
     computer = machine()
     with tempfile.TemporaryDirectory(prefix="pocketd-bench-") as name:
@@ -74,22 +76,23 @@ def run(wanted: Sequence[str], quick: bool) -> dict[str, Any]:
                     "load": [load[0], os.getloadavg()[0]],
                     "real-time priority": made.undisturbed,
                 }
-    written = {name: measure.wire() for name, measure in made.found.items()}
-    return {
-        "machine": computer,
-        "quick": quick,
-        "parts": parts,
-        "missing": made.missing,
-        "bars": bars.reached(written),
-        "measures": written,
-    }
+                written = {name: measure.wire() for name, measure in made.found.items()}
+                yield {
+                    "machine": computer,
+                    "quick": quick,
+                    "parts": dict(parts),
+                    "missing": dict(made.missing),
+                    "bars": bars.reached(written),
+                    "measures": written,
+                }
 
 
-def merged(file: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """With what `file` has of parts that were not measured now, where it is of this machine."""
+def merged(text: str, results: dict[str, Any]) -> dict[str, Any]:
+    """With what earlier results, `text`, have of parts that were not measured now, where they are of this machine."""
+    missing = results["missing"]
     try:
-        before = json.loads(file.read_text())
-        parts = {part: told for part, told in before["parts"].items() if part not in results["parts"]}
+        before = json.loads(text)
+        parts = {p: told for p, told in before["parts"].items() if p not in results["parts"] or p in missing}
     except (OSError, ValueError, KeyError):
         return results
     same = {k: v for k, v in before["machine"].items() if k != "pocketd"}
@@ -98,8 +101,8 @@ def merged(file: Path, results: dict[str, Any]) -> dict[str, Any]:
     measures = {**before["measures"], **results["measures"]}
     return {
         **results,
-        "parts": {**parts, **results["parts"]},
-        "missing": {**{k: v for k, v in before["missing"].items() if k in parts}, **results["missing"]},
+        "parts": {**results["parts"], **parts},
+        "missing": {**{k: v for k, v in before["missing"].items() if k in parts}, **missing},
         "bars": bars.reached(measures),
         "measures": measures,
     }

@@ -47,11 +47,14 @@ class Run:
         return quick if self.quick else else_
 
     def part(self, name: str) -> None:
-        """Where it fails, what it has measured so far stays, and the others go on."""
+        """Where it fails the others go on, and what it has measured by then is left out: it may stand beside what an
+        earlier version measured of the rest."""
         say(name)
+        found = dict(self.found)
         try:
             PARTS[name](self)
         except (own.Trouble, Failed, OSError, subprocess.SubprocessError) as e:
+            self.found = found
             self.missing[name] = f"{type(e).__name__}: {e}"
             say(f"{name} failed: {e}")
 
