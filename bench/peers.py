@@ -26,7 +26,7 @@ _WHY = {
     "ssh": _ALONE,
     "client of ssh": _FILES,
 }
-_OURS = ("pocket run", "pocket, slot", "pocket, held slot", "client", "client of a pocket")
+_OURS = ("pocket run", "pocket, slot", "pocket, held slot", "client", "client, slot", "client of a pocket")
 
 
 def wins(measures: Measures) -> list[str]:
