@@ -1,7 +1,8 @@
 """What a worker may do beside a container of podman's, found by the same program (survey.py) inside both: the table in
 docs/security.md.
 
-usage, as root, where podman and systemd are, such as in the test VM:
+usage, as root, where podman and systemd are, such as in the test VM, which shows the programs of its host (Debian:
+apt-get install podman uidmap):
 
     python -m tests.vm --run 'python -m bench.isolation /run/vm/results/isolation.json'
     python -m bench.isolation --show RESULTS.JSON       print the table
@@ -182,6 +183,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--show"]:
         print(table(json.loads(Path(sys.argv[2]).read_text())))
         return
+    missing = [name for name in ("podman", "newuidmap") if shutil.which(name) is None]
+    if missing:
+        sys.exit(f"bench.isolation: {', '.join(missing)}: not installed; on Debian: apt-get install podman uidmap")
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results/isolation.json"
     with tempfile.TemporaryDirectory(prefix="isolation-") as directory:
         place = Path(directory)
