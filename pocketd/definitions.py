@@ -134,8 +134,7 @@ class Pocket:
     rehearse_until: str | None = None  # "output", "rehearsed" or seconds; None: until the program ends
     max_age: float | None = None  # seconds until a template is made anew
     preload: tuple[str, ...] = ()  # client mode: modules to import, and functions "module:function" to call, beforehand
-    # Read, and not acted on by this version: it makes launches sooner and changes nothing else.
-    warm: int = 0
+    warm: int = 0  # slots: workers made ahead of time (pocketd.slots)
 
     @property
     def mode(self) -> Literal["program", "client"]:
