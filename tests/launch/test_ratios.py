@@ -17,7 +17,8 @@ import pytest
 from bench import launch, measures, models
 from bench.floor import floor
 from bench.launch import Service
-from tests.conftest import Pocketd, service_environment, toml_table
+from pocketd.client import login
+from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table
 
 ROUNDS = 3
 
@@ -38,6 +39,8 @@ def service(undisturbed: None, model: Path, tmp_path_factory: pytest.TempPathFac
     """A service that holds MobileNetV2, of a daemon of these tests' own: what runs already keeps its priority."""
     config = f'[service.tensorflow]\nruntime = "tensorflow"\nmodels = {{ mobilenet = "{model}" }}\n'
     config += f"env = {toml_table(service_environment())}\n"
+    config += f'[pocket.caller]\nservice = "tensorflow"\ndir = "{tmp_path_factory.mktemp("caller")}"\n'
+    config += 'allow = { models = ["mobilenet"] }\nwarm = 1\n'
     daemon = Pocketd(tmp_path_factory.mktemp("ratios"), config)
     daemon.start()
     try:
@@ -109,3 +112,23 @@ def test_a_clients_first_result_comes_25_times_sooner_than_the_monoliths(service
         return report("monolith / client, first result", monolith, client)
 
     assert best(ratio, lambda r: r >= 25, max) >= 25
+
+
+def test_a_clients_slot_has_the_pages_of_its_models_first_call(service: Service):
+    def faults(name: str) -> int:
+        with login(name, directory=str(launch.PROGRAMS), runtime_dir=service.runtime_dir) as session:
+            model, image = session.model("mobilenet"), session.tensor(models.INPUTS["mobilenet"], "float32")
+            image.numpy()[...] = 0.5
+            before = minor_faults(session.pid)
+            measures.first(model(image))
+            return minor_faults(session.pid) - before
+
+    with service.control() as control:
+        assert control.call("warm", name="caller", timeout=TIMEOUT)["slots"] == 1
+    on_demand, slot = faults("tensorflow"), faults("caller")
+    print(f"page faults of a first call, on demand and from a slot: {on_demand}, {slot}")
+    assert slot < on_demand / 3
+
+
+def minor_faults(pid: int | None) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
