@@ -32,14 +32,13 @@ from runtime.log import Log
 from runtime.output import Output
 from runtime.slots import Slots
 from runtime.sockets import check_socket, credentials, hold_socket, let_go, readable
+from runtime.template import OF_PAUSE
 from runtime.templates import Templates
 
 WALL = 0x40000000  # wait4(2): children whose exit signal is not SIGCHLD too
 _STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 HELD_FORK_TIMEOUT = 3.0  # seconds for a pocket's own: the launch goes another way then
 FORK_TIMEOUT = 20.0  # seconds that a template may take to fork before it is ended and the launch given up
-# Made ahead of time, with the pause.
-_OF_PAUSE = namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
 _REAPED = 64  # children in one turn
 STOP_TIMEOUT = 10.0  # seconds that sessions may take to end after SIGTERM, where pocketd has said nothing else
 
@@ -358,12 +357,12 @@ class Init(Templates, Holding, Slots, Output):
         It stays in init's own cgroup: it holds those and nothing that could be charged to a pocket.
         """
         pause, self.spare = self.spare, None
-        return pause or clone.pause(flags=_OF_PAUSE)
+        return pause or clone.pause(flags=namespaces.CLONE_NEWPID | OF_PAUSE)
 
     def make_spare(self) -> None:
         if self.spare is None:
             try:
-                self.spare = clone.pause(flags=_OF_PAUSE)
+                self.spare = clone.pause(flags=namespaces.CLONE_NEWPID | OF_PAUSE)
             except OSError:
                 pass  # the next launch makes its own, or says why it cannot
 

@@ -26,7 +26,7 @@ from runtime import cold, confinement, imported, interpreter, models, randomness
 from runtime.trace import Trace
 
 # What its pause has already, ahead of time: making a network namespace takes as long as all others (docs/design.md).
-_OF_PAUSE = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
+OF_PAUSE = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
 FIRST_CALLS = 60.0  # seconds that a first call of each model may take
 
 
@@ -184,7 +184,7 @@ def fork_worker(
             try:
                 trace.mark("the worker is born")
                 template.ancestors = avoid
-                kinds = _OF_PAUSE & ~(namespaces.CLONE_NEWNET if message["host_network"] else 0)
+                kinds = OF_PAUSE & ~(namespaces.CLONE_NEWNET if message["host_network"] else 0)
                 worker.run(template, session, orders, handed, (pause, kinds), clean, trace)
             finally:
                 os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
