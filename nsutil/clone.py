@@ -14,6 +14,7 @@ would wait for one of them for ever:
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
 import os
@@ -173,8 +174,8 @@ def _request(
         request.own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     if set_tid:
         request.set_tid_size = len(set_tid)
-        numbers = (ctypes.c_int32 * len(set_tid))(*set_tid)
-        request.set_tid = ctypes.cast(numbers, ctypes.c_void_p)
+        numbers = array.array("i", set_tid)  # ctypes' arrays and their types are cycles, and templates collect none
+        request.set_tid = numbers.buffer_info()[0]
         request.numbers = numbers  # keeps it alive
     return request
 

@@ -206,6 +206,27 @@ os._exit(0)
     )
 
 
+def test_a_fork_leaves_no_garbage(python: Python) -> None:
+    """A template does not collect any: it would grow with every launch, and each worker with it."""
+    python(
+        """
+import gc
+def forks():
+    for _ in range(20):
+        child = clone.live_fork(flags=0x20000000, set_tid=[1])  # CLONE_NEWPID
+        if child is None:
+            os._exit(0)
+        os.waitpid(child.pid, 0)
+        os.close(child.pidfd)
+gc.disable()
+forks()
+gc.collect()
+forks()
+assert gc.collect() == 0
+"""
+    )
+
+
 def test_only_the_main_thread_may_fork(python: Python) -> None:
     said = python(
         """
