@@ -150,8 +150,9 @@ class Pockets:
             raise Failed(f"pocketd does not take its configuration: {done.stderr}")
 
     def settle(self) -> None:
-        """Wait until no session is left and all slots are there again. Raises Failed."""
-        end = time.monotonic() + PATIENCE
+        """Wait until no session is left and all slots are there again. Raises Failed. It asks seldom: pocketd forks to
+        answer, and those faults would stand beside what is measured."""
+        end, pause = time.monotonic() + PATIENCE, 0.02
         with self.service.control() as control:
             while True:
                 shown = control.call("ps")
@@ -160,7 +161,8 @@ class Pockets:
                     return
                 if time.monotonic() > end:
                     raise Failed(f"not settled: {[(row['name'], row['slots'], row['warm']) for row in rows]}")
-                time.sleep(0.02)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
 
     def standing(self) -> list[int]:
         return [self.service.daemon, *self.service.processes()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import gc
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ import threading
 import types
 from typing import Any, Callable, Dict, List, Optional
 
-from nsutil import clone, processes
+from nsutil import clone, memory, processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -94,8 +95,7 @@ class Checkpointed(Held):
             self.fail(str(e))
         except rehearsal.Over:
             code = 0
-        if self.child and self.rehearsing:
-            self.report_pages()
+        self.report()
         if not self.child:
             self.fail(f"the program ended, with status {code}, before it came to its checkpoint")
         return code
@@ -188,6 +188,9 @@ class Checkpointed(Held):
             left = self.left_behind()
             if left:
                 raise rehearsal.Failed(f"it leaves behind what a fork cannot carry over: {left}")
+            os.ftruncate(self.reports, 0)
+            gc.collect()
+            memory.trim()  # as each run will find it: what it allocates then lies in the same places
             after = rehearsal.trial(places, become)
             if after is None:
                 return
@@ -201,17 +204,13 @@ class Checkpointed(Held):
         except rehearsal.Failed as e:
             self.fail(f"the rehearsal failed: {e}", "rehearsal")
 
-    def report_pages(self) -> None:
-        """At the end of a run of the sample: what it has made its own."""
-        interpreter.flush_quietly()
-        try:
-            os.pwrite(self.reports, workingset.measure().pack(), 0)
-        except OSError:
-            pass  # then slots are not filled ahead of time
+    def report(self) -> None:
+        """At the end of a run of the sample, and when all of it is gone, which writes too: what it has made its own."""
+        if self.child and self.rehearsing:
+            workingset.note(self.reports)
 
     def take_pages(self) -> workingset.WorkingSet:
-        size = os.fstat(self.reports).st_size
-        found = workingset.WorkingSet.unpack(os.pread(self.reports, size, 0))
+        found = workingset.WorkingSet.read(self.reports)
         os.close(self.reports)
         self.reports = -1
         self.run_size = found.size

@@ -103,6 +103,9 @@ class Held:
         session prints, -1 for a program, which has its streams in `given`."""
         raise NotImplementedError
 
+    def report(self) -> None:
+        """At the very end of a child."""
+
     def apologize(self, error: Error) -> None:
         """Tell a caller, whose process this is already, that it will not go on."""
         raise NotImplementedError
@@ -188,6 +191,7 @@ class Held:
         self.collecting = gc.isenabled()
         gc.collect()
         memory.trim()
+        self.pages = self.pages.on_huge_pages()
         gc.freeze()
         gc.disable()
         self.try_fork()

@@ -133,14 +133,14 @@ def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
                 clone.revive()
                 for model in known.values():
                     model.rehearse()
-                os.pwrite(report, workingset.measure().pack(), 0)
+                workingset.note(report)
             finally:
                 os._exit(0)
         if not select.select([child.pidfd], [], [], FIRST_CALLS)[0]:
             os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         os.close(child.pidfd)
-        return workingset.WorkingSet.unpack(os.pread(report, os.fstat(report).st_size, 0)).here()
+        return workingset.WorkingSet.read(report).here().on_huge_pages()
     finally:
         os.close(report)
 

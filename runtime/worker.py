@@ -75,8 +75,8 @@ def run(
             fit(template, message)
             clean.restore()
             kind = preloaded.Preloaded if "preload" in hold else checkpointed.Checkpointed
-            code = kind(template, sock, message, output).run()
-            interpreter.finish(code, full=message["exit"] == "full")
+            held = kind(template, sock, message, output)
+            interpreter.finish(held.run(), full=message["exit"] == "full", last=held.report)
         trace.mark("its privileges are gone")
         waited = message.get("slot") is True
         if waited:

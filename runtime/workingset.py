@@ -1,57 +1,61 @@
 """The pages that a run makes its own, noted in one run and made ahead of time in the slots of later ones.
 
 Most of a first result goes into copying pages that a child has in common with its template, one fault for each. Which
-they are /proc/self/pagemap tells: those of private memory that are mapped by this process alone. Linux 5.14 makes them
-all at once by MADV_POPULATE_WRITE, and maps a file's pages by MADV_POPULATE_READ.
-linux/Documentation/admin-guide/mm/pagemap.rst, madvise(2). (Ustiugov and others, REAP, ASPLOS 2021, did so for the
-snapshots of virtual machines.)
+they are /proc/self/pagemap tells (nsutil/pages.c): those of private memory that are mapped by this process alone.
+Linux 5.14 makes them all at once by MADV_POPULATE_WRITE, and maps a file's pages by MADV_POPULATE_READ; where many of 2
+MiB are wanted, as beneath tensors, Linux 6.1 makes one huge page of them by MADV_COLLAPSE.
+linux/Documentation/admin-guide/mm/pagemap.rst, .../transhuge.rst, madvise(2). (Ustiugov and others, REAP, ASPLOS 2021,
+made working sets ahead for the snapshots of virtual machines.)
 """
 
 from __future__ import annotations
 
 import array
 import ctypes
-import mmap
 import os
-from typing import Iterable, Iterator, List, Tuple
+from typing import Dict, Iterable, Iterator, List, Tuple
 
+from nsutil.library import load
 from nsutil.syscalls import libc
 
-_PAGE = mmap.PAGESIZE
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # asm-generic/mman-common.h
-_PRESENT, _FILE, _ALONE = 1 << 63, 1 << 61, 1 << 56
-_LARGEST = 1 << 34  # bytes of a mapping that is looked at: more is reserved, not used
+_HUGE = 2 << 20  # bytes of a huge page; x86-64, and arm64 with pages of 4 KiB
+_USED = _HUGE * 3 // 8  # bytes of one that a run has to use: 0.4 ms for all of it, 3 us for each page by itself
+_POPULATE_READ, _POPULATE_WRITE, _MADV_COLLAPSE = 22, 23, 25  # asm-generic/mman-common.h
 _MOST = 1 << 16  # ranges
 
 Range = Tuple[int, int]  # addresses, in bytes
 
 
 class WorkingSet:
-    """Ranges to write to, and ranges of files to map; each in the order of addresses."""
+    """Ranges to write to, ranges of files to map, and huge pages with the ranges in them that are written to; each in
+    the order of addresses."""
 
     def __init__(self, own: Iterable[Range] = (), mapped: Iterable[Range] = ()):
         self.own = list(own)[:_MOST]
         self.mapped = list(mapped)[:_MOST]
+        self.huge: List[Tuple[Range, List[Range]]] = []
 
     @property
     def size(self) -> int:
         """Bytes that a process has of its own once they are made."""
-        return sum(end - start for start, end in self.own)
-
-    def pack(self) -> bytes:
-        numbers = array.array("Q", [len(self.own)])
-        for start, end in (*self.own, *self.mapped):
-            numbers.extend((start, end))
-        return numbers.tobytes()
+        return sum(end - start for start, end in self.own) + len(self.huge) * _HUGE
 
     @classmethod
-    def unpack(cls, data: bytes) -> WorkingSet:
+    def read(cls, report: int) -> WorkingSet:
+        """All that has been noted there."""
         numbers = array.array("Q")
+        data = os.pread(report, os.fstat(report).st_size, 0)
         numbers.frombytes(data[: len(data) // 8 * 8])
-        if not numbers:
-            return cls()
-        pairs = list(zip(numbers[1::2], numbers[2::2]))
-        return cls(pairs[: numbers[0]], pairs[numbers[0] :])
+        own: List[Range] = []
+        mapped: List[Range] = []
+        at = 0
+        while at < len(numbers):
+            first, last = at + 2, at + 2 + 2 * (numbers[at] + numbers[at + 1])
+            pairs = list(zip(numbers[first:last:2], numbers[first + 1 : last : 2]))
+            own += pairs[: numbers[at]]
+            mapped += pairs[numbers[at] :]
+            at = last
+        return cls(_together(own), _together(mapped))
 
     def here(self) -> WorkingSet:
         """What of it, of a run that has ended, this process, its template, has mapped in the same way. What a run maps
@@ -65,13 +69,47 @@ class WorkingSet:
                 readable.append((start, end))
         return WorkingSet(_common(self.own, writable), _common(self.mapped, readable))
 
+    def on_huge_pages(self) -> WorkingSet:
+        """The same, with a huge page where this process, its template, has mapped all of one and a run uses enough of
+        it."""
+        used: Dict[int, int] = {}
+        for start, end in self.own:
+            for first in range(start // _HUGE * _HUGE, end, _HUGE):
+                used[first] = used.get(first, 0) + min(end, first + _HUGE) - max(start, first)
+        whole = [(first, first + _HUGE) for first, size in used.items() if size >= _USED]
+        private = [(start, end) for start, end, rights, name in _maps() if rights == "rw-p" and name in ("", "[heap]")]
+        huge = [(start, end) for start, end in _common(whole, private) if end - start == _HUGE]
+        edges = [0, *(edge for place in huge for edge in place), 1 << 64]
+        found = WorkingSet(_common(self.own, list(zip(edges[::2], edges[1::2]))), self.mapped)
+        found.huge = [(place, list(_common(self.own, [place]))) for place in huge]
+        return found
+
     def make(self) -> int:
         """Make them this process's. Returns how many ranges could not be: memory is short, or the kernel is older."""
-        failed = 0
-        for ranges, advice in ((self.own, _POPULATE_WRITE), (self.mapped, _POPULATE_READ)):
-            for start, end in ranges:
-                failed += libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) != 0
-        return failed
+        own = list(self.own)
+        for place, parts in self.huge:  # it takes no pages of which none is written to
+            if not (_advise(parts[0], _POPULATE_WRITE) and _advise(place, _MADV_COLLAPSE)):
+                own += parts
+        made = ((own, _POPULATE_WRITE), (self.mapped, _POPULATE_READ))
+        return sum(not _advise(place, advice) for ranges, advice in made for place in ranges)
+
+
+def _advise(place: Range, advice: int) -> bool:
+    start, end = place
+    return bool(libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0)
+
+
+def _together(ranges: List[Range]) -> Iterator[Range]:
+    """What lies in any of them, in the order of addresses."""
+    first = last = 0
+    for start, end in sorted(ranges):
+        if start > last:
+            if last:
+                yield first, last
+            first = start
+        last = max(last, end)
+    if last:
+        yield first, last
 
 
 def _common(ranges: List[Range], others: List[Range]) -> Iterator[Range]:
@@ -86,22 +124,9 @@ def _common(ranges: List[Range], others: List[Range]) -> Iterator[Range]:
             yield max(start, first), min(end, last)
 
 
-def measure() -> WorkingSet:
-    """What this process, a child of a template, has made its own so far."""
-    own: List[Range] = []
-    mapped: List[Range] = []
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        for start, end, rights, name in _maps():
-            if end - start > _LARGEST or rights[3] != "p" or rights[:2] == "--":
-                continue
-            pages = array.array("Q")
-            pages.frombytes(os.pread(pagemap.fileno(), (end - start) // _PAGE * 8, start // _PAGE * 8))
-            if rights[1] == "w":
-                wanted = (n for n, page in enumerate(pages) if page & _ALONE and page & _PRESENT and not page & _FILE)
-                own += _ranges(start, wanted, 0)
-            elif name.startswith("/"):
-                mapped += _ranges(start, (n for n, page in enumerate(pages) if page & _PRESENT), 8)
-    return WorkingSet(own, mapped)
+def note(report: int) -> None:
+    """Append to a file, which stays the caller's, what this process, a child of a template, has made its own so far."""
+    load().pages_note(report)
 
 
 def _maps() -> Iterator[Tuple[int, int, str, str]]:
@@ -111,18 +136,4 @@ def _maps() -> Iterator[Tuple[int, int, str, str]]:
             start, _, end = addresses.partition("-")
             if name and name[0].startswith("[v"):
                 continue  # the kernel's own: vdso, vvar, vsyscall
-            yield int(start, 16), int(end, 16), rights, name[0] if name else ""
-
-
-def _ranges(start: int, pages: Iterable[int], gap: int) -> Iterator[Range]:
-    """Neighbouring pages as one range, with gaps of up to `gap` pages in it."""
-    first = last = -1
-    for page in pages:
-        if first >= 0 and page - last <= gap + 1:
-            last = page
-            continue
-        if first >= 0:
-            yield start + first * _PAGE, start + (last + 1) * _PAGE
-        first = last = page
-    if first >= 0:
-        yield start + first * _PAGE, start + (last + 1) * _PAGE
+            yield int(start, 16), int(end, 16), rights, name[0].rstrip("\n") if name else ""

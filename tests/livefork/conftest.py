@@ -20,7 +20,7 @@ TIMEOUT = 300.0  # seconds: a hang, not slowness
 def library() -> None:
     """nsutil/livefork.so, not older than its source."""
     built = ROOT / "nsutil" / "livefork.so"
-    sources = [ROOT / "nsutil" / name for name in ("livefork.c", "livefork.h", "arenas.c", "arenas.h")]
+    sources = [*(ROOT / "nsutil").glob("*.c"), *(ROOT / "nsutil").glob("*.h")]
     if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         subprocess.run([sys.executable, "setup.py", "build_livefork"], cwd=ROOT, check=True)
 

@@ -94,3 +94,70 @@ for _ in range(3000):
 assert shown("Anonymous") - had < 10, shown("Anonymous") - had
 """
     )
+
+
+WORKING_SET = """
+import ctypes, mmap, os, resource
+from runtime import workingset
+PAGE, HUGE = mmap.PAGESIZE, 2 << 20
+area = mmap.mmap(-1, 10 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[::PAGE] = b"1" * (10 * HUGE // PAGE)
+begin = ctypes.addressof(ctypes.c_char.from_buffer(area))
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def run():
+    area[: 6 * HUGE : 2 * PAGE] = b"2" * (3 * HUGE // PAGE)  # every second page of 6, one in 64 of the others
+    area[6 * HUGE :: 64 * PAGE] = b"2" * (HUGE // 16 // PAGE)
+def first():
+    run()
+    workingset.note(report)
+    area[9 * HUGE :: PAGE] = b"3" * (HUGE // PAGE)  # its end
+    workingset.note(report)
+report = os.memfd_create("pages")
+child_says(first, clone.fork)
+found = workingset.WorkingSet.read(report).here().on_huge_pages()
+here = [place for place, _ in found.huge if begin <= place[0] < begin + 10 * HUGE]
+assert len(here) in (5, 6, 7), here  # the first and the last of each part may not be whole
+assert all(start % HUGE == 0 and end - start == HUGE for start, end in here)
+"""
+
+
+def test_pages_that_a_run_makes_its_own_are_made_ahead(python: Callable[..., str]) -> None:
+    """Those of its end too; on huge pages where it needs many of one, and with the same contents."""
+    python(
+        WORKING_SET
+        + """
+def second():
+    failed = found.make()
+    had = faults()
+    run()
+    area[9 * HUGE :: PAGE] = b"3" * (HUGE // PAGE)
+    took = faults() - had
+    expected = [b"2" if n % 2 == 0 else b"1" for n in range(6 * HUGE // PAGE)]
+    expected += [b"2" if n % 64 == 0 else b"1" for n in range(3 * HUGE // PAGE)] + [b"3"] * (HUGE // PAGE)
+    return failed, took, area[::PAGE] == b"".join(expected)
+failed, took, same = child_says(second, clone.fork)
+assert (failed, same) == (0, True)
+assert took < 50, took
+"""
+    )
+
+
+def test_small_ones_are_made_where_no_huge_one_can_be(python: Callable[..., str]) -> None:
+    """Here, as this process is to have none (prctl(2))."""
+    python(
+        WORKING_SET
+        + """
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+def second():
+    had = faults()
+    failed = found.make()
+    made = faults() - had
+    had = faults()
+    run()
+    return failed, made, faults() - had
+failed, made, took = child_says(second, clone.fork)
+assert failed == 0 and made > 1500 and took < 50, (failed, made, took)
+"""
+    )

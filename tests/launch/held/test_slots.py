@@ -236,6 +236,35 @@ def test_what_a_run_makes_its_own_is_made_ahead(hold):
         assert pocket.pocket() == Ended(0, found, b"")
 
 
+def test_so_are_those_that_its_end_writes(hold):
+    """What a program frees when it is over lies in its template's pages too."""
+    pages = 2048
+    source = f"""
+        import mmap, os, resource, sys
+        def faults(resource=resource):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        class Data:
+            def __init__(self):
+                self.area = mmap.mmap(-1, {pages} * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                sys.kept = self.area  # an allocator keeps what is freed, and a mapping would be gone
+                self.write(b"1")
+            def write(self, what, page=mmap.PAGESIZE):
+                self.area[::page] = what * {pages}
+            def __del__(self, faults=faults, os=os):
+                had = faults()
+                self.write(b"2")
+                os.write(1, b"few" if faults() - had < {pages} / 10 else b"many")
+        data = Data()
+        {HERE}
+    """
+    cases: list[tuple[dict[str, list[str]], bytes]] = [({}, b"many"), ({"rehearse": []}, b"few")]
+    for keys, found in cases:
+        pocket = hold(source, "here =", warm=1, **keys)
+        assert pocket.warm()["rehearsed"] is bool(keys)
+        assert ready(pocket, 1)
+        assert pocket.pocket() == Ended(0, found, b"")
+
+
 def test_pages_are_made_where_others_cannot_be():
     """Some of what a run writes to its template may only read, and some is not there."""
     size = 1024 * mmap.PAGESIZE
