@@ -38,7 +38,7 @@ def on_start(function: _Function) -> _Function:
     """Call `function` at the beginning of each run that goes on from the checkpoint, or of each session that has the
     module preloaded: to open what cannot be held. Where nothing is held it is called at once. May be a decorator."""
     held = _held()
-    if held is not None and not held.child:
+    if held is not None and not held.child and not held.rehearsing:
         held.on_start.append(function)
     else:
         function()

@@ -158,6 +158,12 @@ class Held:
         if definition.name not in self._making:
             self.generation.keep(self._quietly(daemon, definition, True))
 
+    def resting(self, pocket: str) -> float:
+        """Seconds for which none is to be made that nobody asks for: it gave way, or has died."""
+        holder = self.current.get(pocket)
+        rest = self.cool_until.get(pocket, 0.0) - time.monotonic()
+        return 0.0 if holder and holder.ready else max(0.0, rest)
+
     def holding(self, pocket: str) -> bool:
         return pocket in self._making
 
@@ -219,9 +225,10 @@ class Held:
             try:
                 return await self._try(daemon, definition, progress, True)
             except Error as e:
-                if e.code != "rehearsal":
+                if e.code not in ("rehearsal", "template"):
                     raise
-                why = e.message
+                # The sample is run in the template too, and may have ended it.
+                why = e.message if e.code == "rehearsal" else f"the rehearsal failed: {e.message}"
                 events.emit(
                     "pocket-not-rehearsed", "warning", service=self.generation.name, pocket=definition.name, why=why
                 )
@@ -547,4 +554,5 @@ def _explained(e: Error, definition: Pocket) -> Error:
     if e.code == "rehearsal":
         return Error(e.code, f"{definition.name} is held without a rehearsal: {e.message}")
     text = f"{definition.name} is not held: {e.message}"
-    return Error("hold", f"{text}\n{output}".rstrip() if output else text)
+    code = e.code if e.code == "template" else "hold"
+    return Error(code, f"{text}\n{output}".rstrip() if output else text)

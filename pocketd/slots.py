@@ -96,6 +96,10 @@ class Slots:
     def count(self, pocket: str) -> int:
         return len(self.waiting.get(pocket, ()))
 
+    def made(self, pocket: str) -> int:
+        """With those that are not ready yet."""
+        return sum(s.pocket == pocket and not s.gone for s in self.by_id.values())
+
     def take(self, daemon: Daemon, definition: Pocket, home: str) -> Slot | None:
         """A slot for a launch of this pocket now, or None. Either way what is missing is made in a while."""
         if not definition.warm:
@@ -152,6 +156,10 @@ class Slots:
             if not there and not definition.is_held:
                 self.generation.changes.watch(daemon, definition)
             if len(there) >= self._wanted(definition) or daemon.config.pockets.get(name) != definition:
+                return
+            rest = self.generation.held.resting(name) if definition.is_held else 0.0
+            if rest:  # slots of the service's own template would be of no use as soon as it is held again
+                self.fill_later(name, rest)
                 return
             try:
                 await self._make(daemon, definition)

@@ -37,7 +37,13 @@ async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progre
         if definition.warm:
             progress(f"{name}: making {definition.warm} slots")
             await generation.slots.fill(daemon, definition)
-    return {"name": name, "service": service.name, "slots": definition.warm, "mode": definition.mode, **facts}
+    return {
+        "name": name,
+        "service": service.name,
+        "slots": generation.slots.made(name),
+        "mode": definition.mode,
+        **facts,
+    }
 
 
 async def _held(daemon: Daemon, generation: Generation, definition: Pocket, progress: Progress) -> Holder:

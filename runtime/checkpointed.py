@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import functools
 import gc
 import os
 import socket
@@ -61,7 +62,6 @@ class Checkpointed(Held):
         self.reached = False
         self.line_held = 0  # of the program's top level, which is executing then
         self.compiled: Any = None
-        self.rehearsing = False
         self.program: str = orders["hold"]["program"]
 
     # -- up to the checkpoint
@@ -135,8 +135,7 @@ class Checkpointed(Held):
                 self.serve()
         except Exception as e:  # a fault of ours, not the program's
             self.fail(f"{type(e).__name__}: {e}")
-        if not self.rehearsing:
-            self.begin()
+        self.begin()
 
     def noted(self) -> List[str]:
         return [*moments.taken(self.program, self.line_held, self.recorder.tops), *super().noted()]
@@ -155,23 +154,33 @@ class Checkpointed(Held):
             again = self.remainder(frame)
             snapshot = rehearsal.Snapshot(self.recorder.tops)
 
-            def become(out: int, err: int) -> None:
+            def become(words: List[str], out: int, err: int) -> None:
                 self.child = True
                 os.setsid()
                 self.share()
                 clone.revive()
                 self.talk.close()
                 self.rehearsing = True
-                self.play(sample, out, err)
+                self.play(words, out, err)
                 rehearsal.Until(until).begin()
 
-            before = rehearsal.trial(places, become)
+            run = functools.partial(become, sample)
+            before = rehearsal.trial(places, run)
             if before is None:
                 return
             if before.status:
                 said = (before.out + before.err)[-2000:].decode(errors="replace")
                 raise rehearsal.Failed(f"the sample ended with status {before.status}:\n{said}")
             self.uncover()
+            # A run of the same sample is the same where something kept its arguments: a cache, a class's attribute.
+            bare: Optional[rehearsal.Outcome] = None
+            if sample and not tops:  # what it does without any, nobody has said that it may
+                try:
+                    bare = rehearsal.trial(places, functools.partial(become, []), rehearsal.BARE)
+                    if bare is None:
+                        return
+                except rehearsal.Failed:
+                    pass  # it does something else then, and at length
             contents = [ctypes.string_at(o.range[0], o.range[1] - o.range[0]) for o in self.shared if o.range]
             self.share()
             self.run_here(sample, again, until)
@@ -188,10 +197,17 @@ class Checkpointed(Held):
             left = self.left_behind()
             if left:
                 raise rehearsal.Failed(f"it leaves behind what a fork cannot carry over: {left}")
+            if bare and bare.status:
+                bare_after = rehearsal.trial(places, functools.partial(become, []))
+                if bare_after is None:
+                    return
+                why = rehearsal.difference(bare, bare_after)
+                if why:
+                    raise rehearsal.Failed(f"it left its own to a run without arguments: {why}")
             os.ftruncate(self.reports, 0)
             gc.collect()
             memory.trim()  # as each run will find it: what it allocates then lies in the same places
-            after = rehearsal.trial(places, become)
+            after = rehearsal.trial(places, run)
             if after is None:
                 return
             why = rehearsal.difference(before, after)
@@ -248,10 +264,15 @@ class Checkpointed(Held):
         self.recorder.begin_rehearsal()
         try:
             ends.begin()
+            self.begin()
             again()
-        except (rehearsal.Over, SystemExit):
-            pass
+            self.end_forked(0)
+        except rehearsal.Over:
+            self.end_forked(0)
+        except SystemExit as e:
+            self.end_forked(e.code)
         except BaseException as e:
+            self.end_forked(1)
             raise rehearsal.Failed(f"it ended by {type(e).__name__}: {e}") from None
         finally:
             self.recorder.end_rehearsal()
@@ -262,6 +283,12 @@ class Checkpointed(Held):
         rehearsal.settle_threads(running, self.recorder.tops)
         for fd in (out, err):
             os.close(fd)
+
+    def end_forked(self, code: Any) -> None:
+        """Where this is a process that the program has forked, and its part is over: it is no template."""
+        if os.getpid() != self.pid:
+            interpreter.flush_quietly()
+            os._exit(code & 0xFF if isinstance(code, int) else code is not None)
 
     def play(self, sample: List[str], out: int, err: int) -> None:
         """Be the run of a sample: its arguments, nothing to read, output into two files."""

@@ -53,6 +53,7 @@ class Held:
 
     words: Words
     is_program = True  # with arguments and an input that are each run's own
+    rehearsing = False  # this is a run of the sample
 
     def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
         self.template = template
@@ -160,8 +161,13 @@ class Held:
             self.fail(f"{self.words.at} {who} holds what a fork cannot carry over: {left}. {self.words.later}")
         shared = [o for o in clone.shared_mappings() if o.range]
         self.make_private()
-        if sum(o.range[1] - o.range[0] for o in shared if o.range) <= _SHARED:
-            self.shared = shared
+        size = sum(o.range[1] - o.range[0] for o in shared if o.range)
+        if size > _SHARED:
+            self.fail(
+                f"{who} has {size >> 20} MiB of shared memory {before}, and each run has at most {_SHARED >> 20} of "
+                f"its own; {self.words.instead}"
+            )
+        self.shared = shared
 
     def make_private(self) -> List[str]:
         """Nothing that is written from now on reaches another process. Returns the names of what was shared."""

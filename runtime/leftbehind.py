@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 from typing import Set, Tuple
 
 from nsutil import clone
@@ -20,6 +21,9 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
         return f"child processes ({children()})", ()
     if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
         return "a running timer (setitimer, alarm)", ()
+    timers = [thread.name for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    if timers:
+        return f"a running timer ({', '.join(timers)[:200]})", ()
     found = clone.inspect(keep)
     refused = [str(o) for o in found if o.remedy == "refuse"]
     for o in found:

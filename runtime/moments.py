@@ -11,6 +11,13 @@ from typing import Dict, Iterator, List, Tuple
 
 _MOMENTS = {
     *(f"time.{name}" for name in ("time", "time_ns", "ctime", "asctime", "localtime", "gmtime", "strftime")),
+    *(
+        f"time.{clock}{unit}"
+        for clock in ("monotonic", "perf_counter", "process_time", "thread_time")
+        for unit in ("", "_ns")
+    ),
+    "timeit.default_timer",
+    "os.urandom",
     *(f"datetime.datetime.{name}" for name in ("now", "utcnow", "today")),
     "datetime.date.today",
     "uuid.uuid1",

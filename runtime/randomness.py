@@ -3,8 +3,8 @@
 A live fork copies it, and runs no fork handler (os.register_at_fork would reseed `random`). Only what the process has
 imported is touched, and TensorFlow only if its eager context exists: making one costs 20 ms and starts its threads.
 
-What cannot be reached stays the template's: the hash seed, generators that a program made itself (`default_rng()`), and
-the state inside stateful random operations of a tf.function that was traced before the fork.
+What cannot be reached stays the template's: the hash seed, and the state inside stateful random operations of a
+tf.function that was traced before the fork. Generators that a program made itself, `default_rng()`, are runtime.seeds'.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import random
 import sys
 from typing import Any, Collection
+
+STREAMS = "tensorflow.python.ops.stateful_random_ops"  # tf.random.Generator
 
 
 def _number(bits: int) -> int:
@@ -36,23 +38,51 @@ def renew(kept: Collection[str] = ()) -> None:
         numpy_random.seed([_number(32) for _ in range(8)])
     if "torch" not in kept and (torch := _module("torch")):
         torch.default_generator.manual_seed(_number(63))
-    if "tensorflow" not in kept and (context := _module("tensorflow.python.eager.context")):
-        _renew_tensorflow(context)
+    context = _module("tensorflow.python.eager.context")
+    eager = context.context_safe() if context else None
+    if eager is not None and eager._context_handle is not None:  # else nothing has been drawn, and it will seed itself
+        _renew_tensorflow(kept)
 
 
-def _renew_tensorflow(context: Any) -> None:
-    eager = context.context_safe()
-    if eager is None or eager._context_handle is None:  # not initialised: it will draw its own seeds
-        return
-    # As Context._set_global_seed, but without TFE_ContextClearCaches: that would drop every traced function's kernels,
-    # which are what a template is for. A seed that is not None makes eager operations take theirs from _rng; without,
-    # each takes its cached kernel's state, or std::mt19937's (tsl/platform/random.cc): both are the template's.
-    eager._seed, eager._rng = _number(31), random.Random(_number(64))
-    operations = _module("tensorflow.python.ops.stateful_random_ops")
-    if operations and operations.global_generator is not None:
+def _renew_tensorflow(kept: Collection[str]) -> None:
+    _draw_from_the_kernel()
+    operations = _module(STREAMS)
+    if operations and operations.global_generator is not None and "tf.random.get_global_generator" not in kept:
         operations.global_generator.reset_from_seed(_number(63))
     seeds, state = _module("keras.src.random.seed_generator"), _module("keras.src.backend.common.global_state")
-    if seeds and state:
+    if seeds and state and "tensorflow" not in kept:
         generator = state.get_global_attribute(seeds.GLOBAL_SEED_GENERATOR)
         if generator is not None:
             generator.state.assign([_number(31), 0])
+
+
+def _draw_from_the_kernel() -> None:
+    """What nobody seeded TensorFlow draws from states that children have in common: of its operations' kernels, and
+    std::mt19937's (tsl/platform/random.cc). From now on it has its seeds from os.urandom."""
+    seeds, operations = _module("tensorflow.python.framework.random_seed"), _module(STREAMS)
+    if seeds and not hasattr(seeds.get_seed, "plain"):
+        seeds.get_seed = _seeds_by(seeds.get_seed)
+    if operations and not hasattr(operations.non_deterministic_ints, "plain"):
+        operations.non_deterministic_ints = _integers_by(operations.non_deterministic_ints)
+
+
+def _seeds_by(plain: Any) -> Any:
+    def get_seed(op_seed: Any) -> Any:
+        found = plain(op_seed)
+        return found if found[0] is not None or found[1] is not None else (_number(31), _number(31))
+
+    get_seed.plain = plain  # type: ignore[attr-defined]
+    return get_seed
+
+
+def _integers_by(plain: Any) -> Any:
+    def non_deterministic_ints(shape: Any, *others: Any, **named: Any) -> Any:
+        drawn = plain(shape, *others, **named)
+        if not hasattr(drawn, "numpy"):  # in a graph, where it is to be another each time
+            return drawn
+        numbers = drawn.numpy()
+        fresh = _module("numpy").frombuffer(os.urandom(numbers.nbytes), numbers.dtype)
+        return _module("tensorflow").constant(fresh.reshape(numbers.shape))
+
+    non_deterministic_ints.plain = plain  # type: ignore[attr-defined]
+    return non_deterministic_ints

@@ -28,6 +28,7 @@ from nsutil import clone
 from runtime import carried, recorded, seeds
 
 TIMEOUT = 60.0  # seconds for a run of the sample
+BARE = 10.0  # seconds for one without arguments, which most programs end at once
 _PRINTED = 1 << 20  # bytes of output that are compared
 _FILE = 16 << 20  # bytes of a written file that are compared
 _FILES = 1000
@@ -308,7 +309,7 @@ def capture() -> Tuple[int, int]:
     return os.memfd_create("stdout", os.MFD_CLOEXEC), os.memfd_create("stderr", os.MFD_CLOEXEC)
 
 
-def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcome]:
+def trial(places: Places, become: Callable[[int, int], None], seconds: float = TIMEOUT) -> Optional[Outcome]:
     """Run the sample in a child: None there, once `become(out, err)` has made it the run; in the template, what it did.
 
     Raises Failed when it takes too long.
@@ -322,7 +323,10 @@ def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcom
         become(out, err)
         return None
     try:
-        status = _wait(child)
+        try:
+            status = _wait(child, seconds)
+        except Failed as e:
+            raise Failed(f"{e}{_last(out)}{_last(err)}") from None
         code = os.waitstatus_to_exitcode(status)
         return Outcome(code, os.pread(out, _PRINTED, 0), os.pread(err, _PRINTED, 0), places.written())
     finally:
@@ -331,21 +335,28 @@ def trial(places: Places, become: Callable[[int, int], None]) -> Optional[Outcom
         places.clear()
 
 
-def _wait(child: clone.Child) -> int:
+def _last(fd: int) -> str:
+    """The last of what a run printed, as lines."""
+    size = os.fstat(fd).st_size
+    said = os.pread(fd, 2000, max(0, size - 2000)).decode(errors="replace")
+    return f"\n{said}" if said else ""
+
+
+def _wait(child: clone.Child, seconds: float) -> int:
     try:
-        return _ended(child)
+        return _ended(child, seconds)
     except ChildProcessError:
         raise Failed(
             "the program ignores SIGCHLD, or waits for all children in a handler of it: how the sample ended is lost"
         ) from None
 
 
-def _ended(child: clone.Child) -> int:
-    if not select.select([child.pidfd], [], [], TIMEOUT)[0]:
+def _ended(child: clone.Child, seconds: float) -> int:
+    if not select.select([child.pidfd], [], [], seconds)[0]:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         raise Failed(
-            f"the sample did not end within {TIMEOUT:.0f} s; name by rehearse_until when a rehearsal is over, "
+            f"the sample did not end within {seconds:.0f} s; name by rehearse_until when a rehearsal is over, "
             "if it is not to end by itself"
         )
     return os.waitpid(child.pid, 0)[1]

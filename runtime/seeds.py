@@ -17,6 +17,8 @@ import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
+from runtime.randomness import STREAMS
+
 # Modules whose functions set a global generator: names of functions, and of the generator as `randomness.renew` has it.
 _SETTERS: Dict[str, Tuple[Tuple[str, ...], str]] = {
     "numpy.random": (("seed", "set_state"), "numpy"),
@@ -24,6 +26,8 @@ _SETTERS: Dict[str, Tuple[Tuple[str, ...], str]] = {
 }
 _instance: random.Random = random._inst  # whose methods are the module's functions
 _KERAS = "keras.src.random.seed_generator"
+_DATASETS = "tensorflow.python.data.util.random_seed"
+_WATCHED = (*_SETTERS, _KERAS, STREAMS, _DATASETS)
 
 
 class Seeds:
@@ -38,6 +42,9 @@ class Seeds:
         self._arrays: List[Any] = []  # numpy's generators that nobody seeded
         self._layers: List[Any] = []  # Keras' SeedGenerators, the same
         self._defaults: Set[int] = set()
+        self._streams: List[Any] = []  # TensorFlow's Generators, the same
+        self._keys: Set[int] = set()  # theirs when they were made
+        self._datasets = 0  # that draw, and were made without a seed
         self._context: Any = None
         self._begun = 0.0
         self._finder = _Finder(self._watch)
@@ -45,7 +52,7 @@ class Seeds:
 
     def begin(self) -> None:
         self._random()
-        for name in (*_SETTERS, _KERAS):
+        for name in _WATCHED:
             module = sys.modules.get(name)
             if module:
                 self._watch(module)
@@ -78,6 +85,13 @@ class Seeds:
         keras = sys.modules.get(_KERAS)
         if keras and not self.kept & {"random", "keras"}:
             self._layers = [g for g in layers() if _number(g) in self._defaults]
+        if self._keys:
+            self._streams = [g for g in streams() if _key(g.state) in self._keys]
+        one_for_all = getattr(sys.modules.get(STREAMS), "global_generator", None)
+        if one_for_all is not None and not any(g is one_for_all for g in self._streams):
+            self.kept.add("tf.random.get_global_generator")
+        if self._datasets and "tensorflow" not in self.kept:
+            self.unsure.append("dataset of TensorFlow that draws without a seed")
 
     def renew(self) -> None:
         for generator in list(self._unseeded):
@@ -87,6 +101,8 @@ class Seeds:
             g._bit_generator.state = type(g._bit_generator)().state
         for g in self._layers:
             g.state.assign([random.SystemRandom().randrange(1, 1 << 31), 0])
+        for g in self._streams:
+            g.reset_from_seed(random.SystemRandom().getrandbits(63))
 
     # -- watching
 
@@ -126,8 +142,9 @@ class Seeds:
         self._set(random, "setstate", restored)
 
     def _watch(self, module: Any) -> None:
-        if module.__name__ == _KERAS:
-            self._keras(module)
+        others = {_KERAS: self._keras, STREAMS: self._tensorflow, _DATASETS: self._data}
+        if module.__name__ in others:
+            others[module.__name__](module)
             return
         functions, generator = _SETTERS[module.__name__]
         for name in functions:
@@ -158,6 +175,26 @@ class Seeds:
 
         self._set(module, "make_default_seed", default)
 
+    def _tensorflow(self, module: Any) -> None:
+        plain = module.non_deterministic_ints
+
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            found = plain(*args, **kwargs)
+            key = _key(found)
+            self._keys.update(() if key is None else [key])
+            return found
+
+        self._set(module, "non_deterministic_ints", drawn)
+
+    def _data(self, module: Any) -> None:
+        plain = module.get_seed
+
+        def get_seed(seed: Any) -> Any:
+            self._datasets += seed is None
+            return plain(seed)
+
+        self._set(module, "get_seed", get_seed)
+
 
 def drawn_from_clock(seed: Any, ago: float = 0.0) -> bool:
     """Whether a seed is the time, of now or of at most `ago` seconds before, in a usual unit, also modulo 2 ** 32: its
@@ -181,6 +218,21 @@ def layers() -> List[Any]:
     """Keras' generators, of layers such as Dropout."""
     keras = sys.modules.get(_KERAS)
     return [o for o in gc.get_objects() if type(o) is keras.SeedGenerator] if keras else []
+
+
+def _key(state: Any) -> Optional[int]:
+    """What of a Generator's state stays the same when it draws, and no other has by chance: its last number. None in a
+    graph, where it is not known yet."""
+    try:
+        return int(state.numpy().flat[-1])
+    except AttributeError:
+        return None
+
+
+def streams() -> List[Any]:
+    """TensorFlow's generators that somebody made."""
+    operations = sys.modules.get(STREAMS)
+    return [o for o in gc.get_objects() if type(o) is operations.Generator] if operations else []
 
 
 def own_randoms() -> List[random.Random]:
@@ -212,7 +264,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         self._busy = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        if name not in (*_SETTERS, _KERAS) or self._busy:
+        if name not in _WATCHED or self._busy:
             return None
         self._busy = True
         try:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 
+from pocketd import held
 from tests.conftest import TIMEOUT, Pocketd, wait_for
 from tests.launch.both import Ended, ends, finish, read_line
 from tests.launch.held.pocket import Pocket, Pockets, popen
@@ -219,6 +221,21 @@ def own(own_pocketd, tmp_path):
     place.mkdir()
     tmp_path.chmod(0o755)
     return Pockets(daemon, place)
+
+
+@pytest.mark.parametrize("warm", [0, 1])
+def test_a_template_that_died_is_not_made_again_at_once(hold, warm):
+    """Its runs may be what ends it; and slots do not ask for it sooner than launches."""
+    pocket = hold(LOOP, "here =", warm=warm)
+    pocket.warm()
+    pocket.forget()
+    began, template = time.monotonic(), pocket.template
+    os.kill(template, signal.SIGKILL)
+    assert ends(template)
+    while not pocket.events("pocket-held"):
+        pocket.pocket(input=b"x\n")
+        assert time.monotonic() - began < 120
+    assert time.monotonic() - began >= held.BACKOFF
 
 
 @pytest.mark.parametrize("warm", [0, 2])

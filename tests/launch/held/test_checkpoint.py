@@ -126,6 +126,12 @@ WRONG = {
     "a function that is not called": ("def main(): pass\n", "main", "the program ended, with status 0"),
     "a signal before it": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nx = 1\n", "x =", "ended"),
     "an exit before it": ("import os\nos._exit(0)\nx = 1\n", "x =", "ended"),
+    "a timer": (
+        "import threading\nt = threading.Timer(600, print)\nt.start()\nx = 1\nt.cancel()\n", "x =", "a running timer",
+    ),
+    "much shared memory": (
+        "import mmap\nm = mmap.mmap(-1, 65 << 20)\nm[0] = 1\nx = 1\n", "x =", "has 65 MiB of shared memory",
+    ),
     "another thread": (
         "import threading\ndef main(): pass\nt = threading.Thread(target=main)\nt.start(); t.join()\n", "main",
         "in a thread other than the main one",

@@ -114,6 +114,8 @@ NOTED = {
     "datetime.datetime.now": ("from datetime import datetime", "today = datetime.now()"),
     "datetime.date.today": ("import datetime as dt", "today = dt.date.today()"),
     "uuid.uuid4": ("import uuid", "run = uuid.uuid4().hex"),
+    "time.perf_counter": ("from time import perf_counter", "start = perf_counter()"),
+    "os.urandom": ("import os", "seed = os.urandom(8)"),
     "os.getpid": ("import os", "pid = os.getpid()"),
     "subprocess.check_output": ("import subprocess", "said = subprocess.check_output(['true'])"),
 }

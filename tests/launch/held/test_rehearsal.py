@@ -57,6 +57,8 @@ CLEAN = {
     "its own module": "here = None\nimport mine\nmine.x += 1\nprint(mine.x)\n",
     "its own module, imported before": "import mine\nhere = None\nmine.x += 1\nprint(mine.x)\n",
     "its own package": "here = None\nimport pack.part\nprint(pack.part.x)\npack.part.x = 9\n",
+    "a process that it forks": "import os\nhere = None\npid = os.fork()\nif not pid:\n    sys.exit(3)\nprint(os.waitpid(pid, 0)[1])\n",
+    "functions of on_start": "import pocketd\nseen = 1\ndef more():\n    global seen\n    seen *= 3\npocketd.on_start(more)\nhere = None\npocketd.on_start(more)\nprint(seen)\n",
     "functions at its end": "import atexit\nhere = None\natexit.register(print, 'end')\n",
     "functions at its end, decorated": "import atexit\nhere = None\n@atexit.register\ndef f(): print('end')\n",
     "functions at its end by a name": "from atexit import register\nhere = None\nregister(print, 'end')\n",
@@ -134,6 +136,7 @@ FAILS = {
     "a signal": ("import os; os.kill(os.getpid(), 9)", "status -9"),
     "a socket left": ("import socket; s = socket.socket(); keep.append(s)", "socket"),
     "a child left": ("import subprocess; subprocess.Popen(['sleep', '600'])", "child processes"),
+    "an end of its process": ("import os; os._exit(0)", "the template ended"),
     "its arguments missing": ("print(sys.argv[2])", "IndexError"),
     "other output each time": ("import os; print(os.getpid())", "its standard output is not the same"),
 }
@@ -150,6 +153,31 @@ def test_a_rehearsal_that_fails_is_told_and_the_pocket_held_without(hold, what):
     facts = pocket.warm()
     assert facts["rehearsed"] is False and words in facts["not_rehearsed"]
     assert pocket.same("a").out.startswith(b"on")
+
+
+KEPT = {
+    "a cache": "@functools.cache\ndef words():\n    return parser.parse_args()\n",
+    "a class": "class Kept: it = None\ndef words():\n    Kept.it = Kept.it or parser.parse_args()\n    return Kept.it\n",
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_a_sample_that_is_kept_out_of_sight(hold, what):
+    """A second run of the sample has it again, as the first; one without arguments is not refused as it should be."""
+    source = f"import argparse, functools\nparser = argparse.ArgumentParser()\nparser.add_argument('word')\n{KEPT[what]}here = None\nprint(words().word)\n"
+    pocket = hold(source, "here =", rehearse=["sample"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "a run without arguments" in facts["not_rehearsed"]
+    assert pocket.same("other").out == b"other\n"
+
+
+def test_a_sample_that_never_ends(hold):
+    source = "import signal, sys\nhere = None\nprint('on', *sys.argv[1:], flush=True)\nif sys.argv[1] == 's':\n    signal.pause()\n"
+    pocket = hold(source, "here =", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "did not end within 60 s" in facts["not_rehearsed"]
+    assert facts["not_rehearsed"].endswith("on s\n")
+    assert pocket.same("a").out == b"on a\n"
 
 
 # -- files

@@ -95,6 +95,69 @@ def test_a_seed_of_which_nobody_knows_whose_it_is_is_named(hold):
     pocket.same()
 
 
+STREAMS = {
+    "a Generator": "g = tf.random.Generator.from_seed(7)",
+    "one that was reset": "g = tf.random.Generator.from_non_deterministic_state()\ng.reset_from_seed(8)",
+    "the global one": "tf.random.set_global_generator(tf.random.Generator.from_seed(7))\ng = tf.random.get_global_generator()",
+}
+STREAM = """
+import tensorflow as tf
+{made}
+g.uniform([])
+def main():
+    print(float(g.uniform([])), float(tf.random.Generator.from_non_deterministic_state().uniform([])))
+main()
+"""
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_a_seeded_generator_of_tensorflow(hold, what):
+    """It is as under Python; one that is made in each run is another in each."""
+    pocket = hold(STREAM.format(made=STREAMS[what]), "main", service="tensorflow")
+    assert pocket.warm()["unsure"] == []
+    drawn = [run.out.split() for run in (pocket.plain(), pocket.from_held(), pocket.from_held())]
+    assert len({own for own, _ in drawn}) == 1, drawn
+    assert len({other for _, other in drawn}) == 3, drawn
+
+
+def test_a_generator_of_tensorflow_that_nobody_seeded(hold):
+    for made in ("tf.random.Generator.from_non_deterministic_state()", "tf.random.get_global_generator()"):
+        pocket = hold(STREAM.format(made=f"g = {made}"), "main", service="tensorflow")
+        assert pocket.warm()["unsure"] == []
+        assert len({word for _ in range(3) for word in pocket.from_held().out.split()}) == 6
+
+
+def test_a_dataset_that_draws(hold):
+    """Its order is drawn anew where that can be; else the runs' is the same, and is told."""
+    source = """
+        import tensorflow as tf
+        {seed}
+        made = tf.data.Dataset.range(100).shuffle(100{its})
+        here = None
+        later = tf.data.Dataset.range(100).shuffle(100{its})
+        print([int(n) for n in made][:8], [int(n) for n in later][:8], sep="\\n")
+    """
+    pocket = hold(source.format(seed="", its=""), "here =", service="tensorflow")
+    assert pocket.warm()["unsure"] == ["dataset of TensorFlow that draws without a seed"]
+    runs = [pocket.from_held().out.splitlines() for _ in range(3)]
+    assert len({later for _, later in runs}) == 3, runs
+    for keys in ({"seed": "tf.random.set_seed(7)", "its": ""}, {"seed": "", "its": ", seed=7"}):
+        pocket = hold(source.format(**keys), "here =", service="tensorflow")
+        assert pocket.warm()["unsure"] == []
+        pocket.same(env={"TF_CPP_MIN_LOG_LEVEL": "2"})
+
+
+def test_an_operation_of_tensorflow_with_a_seed_of_its_own(hold):
+    """As under Python, where no seed is set for all of them; one without is another in each run."""
+    source = "import tensorflow as tf\ntf.constant(1)\nhere = None\nprint(tf.random.uniform([2], seed=7).numpy())\n"
+    pocket = hold(source, "here =", service="tensorflow")
+    pocket.warm()
+    pocket.same(env={"TF_CPP_MIN_LOG_LEVEL": "2"})
+    pocket = hold(source.replace(", seed=7", ""), "here =", service="tensorflow")
+    pocket.warm()
+    assert len({pocket.from_held().out for _ in range(3)}) == 3
+
+
 def test_torch(hold):
     pytest.importorskip("torch")
     pocket = hold("import torch\ntorch.manual_seed(7)\nhere = None\nprint(torch.rand(2))\n", "here =")
