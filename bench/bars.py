@@ -61,6 +61,26 @@ def rpc(series: str, ours: str) -> Callable[[Measures], float]:
     return value
 
 
+def _within(series: str, bar: float, then: str) -> Callable[[Measures], str]:
+    """What a bar comes to on this machine, beside what was measured."""
+
+    def words(measures: Measures) -> str:
+        whole, got = median(measures, IMPORTED, "python in crun"), median(measures, "request", series)
+        fork = median(measures, IMPORTED, "os.fork zygote")
+        return then.format(wanted=f"{1e3 * whole / bar:.2f}", got=f"{1e3 * got:.2f}", fork=f"{1e3 * fork:.1f}")
+
+    return words
+
+
+def _call(measures: Measures) -> str:
+    echo, call = (1e6 * median(measures, "round-trip", name) for name in ("bare echo", "call"))
+    return (
+        f"the bar is {2 * echo:.0f} us here, a call takes {call:.0f}: both sides check what came, a call has a number "
+        "by which it can be cancelled and may give arenas back, and its client looks at three descriptors (poll): the "
+        "session's, what tells of the worker's end, and what cancels"
+    )
+
+
 LEAST, MOST = "at least", "at most"
 # Of each: what it is, whether its value is to be at least or at most the bar, the bar, and the value.
 BARS: list[tuple[str, str, float, Callable[[Measures], float]]] = [
@@ -159,6 +179,25 @@ BARS: list[tuple[str, str, float, Callable[[Measures], float]]] = [
         ratio(("many-memory", "tenth 10"), ("many-memory", "tenth 1")),
     ),
 ]
+
+
+# Of bars that may be missed, by what they are: what the measurements say of why.
+WHY: dict[str, Callable[[Measures], str]] = {
+    BARS[1][0]: _within(
+        "slot",
+        BARS[1][2],
+        "the bar is {wanted} ms here, a slot takes {got}: pocketd admits the caller and makes its leaf's limits, and "
+        "the slot takes over environment, directory and streams, each in Python, in processes that wake one after the "
+        "other",
+    ),
+    BARS[2][0]: _within(
+        "on demand",
+        BARS[2][2],
+        "the bar is {wanted} ms here, a launch takes {got}; os.fork of a process with the same imports, which makes no "
+        "container and gives up no privilege, takes {fork} to the same line",
+    ),
+    BARS[14][0]: _call,
+}
 
 
 def reached(measures: Measures) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import peers
+from bench import bars, peers
 from bench.figures import quantity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +95,8 @@ def page(results: dict[str, Any]) -> str:
     for bar in results["bars"]:
         verdict = "reached" if bar["reached"] else "**not reached**"
         lines.append(f"| {bar['what']} | {ratio(bar['value'])} | {bar['kind']} {bar['bar']:g} | {verdict} |")
+    missed = [bar["what"] for bar in results["bars"] if not bar["reached"] and bar["what"] in bars.WHY]
+    lines += ["", *(f"- {what}: {bars.WHY[what](results['measures'])}" for what in missed)]
     lines += ["", "## Where a peer does better", "", *(f"- {line}" for line in peers.wins(results["measures"]))]
     lines += [f"- Not there: {name}: {why}" for name, why in results["missing"].items()]
     for measure in results["measures"].values():
