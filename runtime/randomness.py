@@ -14,6 +14,7 @@ import random
 import sys
 from typing import Any, Collection
 
+_LOOKS = 0x1010104F  # OpenSSL 1.1.1d and later look at getpid(), and no worker has its template's: openssl_get_fork_id
 STREAMS = "tensorflow.python.ops.stateful_random_ops"  # tf.random.Generator
 
 
@@ -25,6 +26,13 @@ def _module(name: str) -> Any:
     return sys.modules.get(name)
 
 
+def prepare() -> None:
+    """In a template, so that no child has to: OpenSSL sets its generator up at its first use, 2.4 ms and 700 pages."""
+    renew()
+    if _ssl := _module("_ssl"):
+        _ssl.RAND_bytes(1)
+
+
 def renew(kept: Collection[str] = ()) -> None:
     """Reseed, from os.urandom, every global generator of this process but those in `kept` (runtime.seeds). Call it in
     each child, after `clone.revive()`: TensorFlow's and Keras' states are variables, set by operations."""
@@ -32,8 +40,8 @@ def renew(kept: Collection[str] = ()) -> None:
         random.seed()  # without an argument: from os.urandom
     if tempfile := _module("tempfile"):
         tempfile._name_sequence = None  # made anew at the next name; by itself it only looks whether getpid() changed
-    if _ssl := _module("_ssl"):
-        _ssl.RAND_add(os.urandom(32), 32.0)  # mixed in; OpenSSL itself only looks whether getpid() changed
+    if (_ssl := _module("_ssl")) and _ssl.OPENSSL_VERSION_NUMBER < _LOOKS:
+        _ssl.RAND_add(os.urandom(32), 32.0)
     if "numpy" not in kept and (numpy_random := _module("numpy.random")):
         numpy_random.seed([_number(32) for _ in range(8)])
     if "torch" not in kept and (torch := _module("torch")):

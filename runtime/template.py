@@ -91,7 +91,7 @@ def warm(template: Template) -> None:
         files = imported.snapshot(clock)
         cold.expression(template.runtime)
         template.pools = threads.find()
-        randomness.renew()  # OpenSSL sets its generator up when it is first used: 2.4 ms, 700 pages, in each worker
+        randomness.prepare()
         gc.collect()
         memory.trim()  # what loading needed is not to be carried by every worker
         if not template.ancestors:
