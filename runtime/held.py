@@ -197,11 +197,14 @@ class Held:
         self.collecting = gc.isenabled()
         gc.collect()
         memory.trim()
-        self.pages = self.pages.on_huge_pages()
+        self.pages = self.pages_of_a_run().on_huge_pages()
         gc.freeze()
         gc.disable()
         self.try_fork()
         self.say_ready(privatized)
+
+    def pages_of_a_run(self) -> workingset.WorkingSet:
+        return self.pages
 
     def try_fork(self) -> None:
         """Whether it can be forked shows now, not in each run."""

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+import select
+import signal
+from contextlib import suppress
+from typing import Any, Dict
 
+from nsutil import clone
 from pocketd.wire import Error
+from runtime import workingset
 from runtime.interface import CannotLoad, Model
+
+FIRST_CALLS = 60.0  # seconds that a first call of each model may take
 
 
 def load(runtime: Any, name: str, source: str, said: str = "") -> Model:
@@ -69,3 +76,32 @@ def _make(runtime: Any, source: str) -> Model:
             raise CannotLoad(f"module {module} has no {attribute}") from None
     made = made()
     return runtime.adopt_object(made) or Model(made)
+
+
+def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
+    """The pages that a worker's first call of each model makes its own, as seen in a child that makes them; none where
+    that comes to no end."""
+    if not known:
+        return workingset.WorkingSet()
+    report = os.memfd_create("pages", os.MFD_CLOEXEC)
+    try:
+        try:
+            child = clone.live_fork()
+        except clone.CloneError:
+            return workingset.WorkingSet()  # each launch will say why
+        if child is None:
+            try:
+                clone.revive()
+                for model in known.values():
+                    model.rehearse()
+                workingset.note(report)
+            finally:
+                os._exit(0)
+        if not select.select([child.pidfd], [], [], FIRST_CALLS)[0]:
+            os.kill(child.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # a handler of a pocket's has waited for it, or it ignores SIGCHLD
+            os.waitpid(child.pid, 0)
+        os.close(child.pidfd)
+        return workingset.WorkingSet.read(report).here()
+    finally:
+        os.close(report)

@@ -18,7 +18,7 @@ from nsutil import processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
-from runtime import hints, interpreter, program, recorded, session
+from runtime import hints, interpreter, models, program, recorded, session, workingset
 from runtime.held import FAILED, Held, Words
 
 
@@ -60,6 +60,10 @@ class Preloaded(Held):
         except Exception as e:
             self.apologize(Error("launch", f"{type(e).__name__}: {e}"))
             return FAILED
+
+    def pages_of_a_run(self) -> workingset.WorkingSet:
+        """Of the service's models: what a session calls of the pocket's own nobody knows yet."""
+        return models.pages_of_first_calls(self.template.models)
 
     def preload(self, name: str) -> None:
         """Import a module, or call a "module:function" without arguments."""

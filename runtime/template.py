@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import select
-import signal
 import socket
 import time
 import traceback
@@ -27,7 +25,6 @@ from runtime.trace import Trace
 
 # What its pause has already, ahead of time: making a network namespace takes as long as all others (docs/design.md).
 OF_PAUSE = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWNET
-FIRST_CALLS = 60.0  # seconds that a first call of each model may take
 
 
 @dataclass
@@ -99,7 +96,7 @@ def warm(template: Template) -> None:
         gc.freeze()
         gc.disable()
         if template.models:
-            template.pages = pages_of_first_calls(template.models)
+            template.pages = models.pages_of_first_calls(template.models).on_huge_pages()
     except BaseException as e:
         if not isinstance(e, Error):
             traceback.print_exc()
@@ -117,32 +114,6 @@ def warm(template: Template) -> None:
         [files],
     )
     os.close(files)
-
-
-def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
-    """The pages that a worker's first call of each model makes its own, as seen in a child that makes them; none where
-    that comes to no end."""
-    report = os.memfd_create("pages", os.MFD_CLOEXEC)
-    try:
-        try:
-            child = clone.live_fork()
-        except clone.CloneError:
-            return workingset.WorkingSet()  # each launch will say why
-        if child is None:
-            try:
-                clone.revive()
-                for model in known.values():
-                    model.rehearse()
-                workingset.note(report)
-            finally:
-                os._exit(0)
-        if not select.select([child.pidfd], [], [], FIRST_CALLS)[0]:
-            os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        os.close(child.pidfd)
-        return workingset.WorkingSet.read(report).here().on_huge_pages()
-    finally:
-        os.close(report)
 
 
 def serve(template: Template) -> Optional[Template]:
