@@ -88,6 +88,7 @@ class Slots:
         self.squeezed = False  # memory is short: none is made
         self._filling: dict[str, asyncio.TimerHandle] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._given_up: defaultdict[str, int] = defaultdict(int)  # how often: a filling that began before is over then
         self._daemon: Daemon | None = None
 
     def has(self, pocket: str) -> bool:
@@ -139,19 +140,20 @@ class Slots:
         daemon = self._daemon
         definition = daemon.config.pockets.get(pocket) if daemon else None
         if daemon and definition and self.generation.running:
-            self.generation.keep(self.fill(daemon, definition))
+            self.generation.keep(self.fill(daemon, definition, self._given_up[pocket]))
 
-    async def fill(self, daemon: Daemon, definition: Pocket) -> None:
+    async def fill(self, daemon: Daemon, definition: Pocket, since: int | None = None) -> None:
         """Make what is missing, one after the other. Ends those that are of no use any more."""
         self._daemon = daemon
+        since = self._given_up[definition.name] if since is None else since
         async with self._turns[definition.name]:  # else two that are asked at once make twice as many
-            await self._fill_up(daemon, definition)
+            await self._fill_up(daemon, definition, since)
 
-    async def _fill_up(self, daemon: Daemon, definition: Pocket) -> None:
+    async def _fill_up(self, daemon: Daemon, definition: Pocket, since: int) -> None:
         name = definition.name
         for slot in [s for s in self.by_id.values() if s.pocket == name and not self._good(s, definition)]:
             self._end(slot)
-        while self.generation.running and not self.squeezed:
+        while self.generation.running and not self.squeezed and self._given_up[name] == since:
             there = [s for s in self.by_id.values() if s.pocket == name and not s.gone]
             if not there and not definition.is_held:
                 self.generation.changes.watch(daemon, definition)
@@ -350,6 +352,8 @@ class Slots:
     def give_way(self, pocket: str | None = None) -> int:
         """End all that wait, of one pocket or of all. Returns how many."""
         found = [s for s in self.by_id.values() if not s.gone and pocket in (None, s.pocket)]
+        for name in [name for name in self._given_up if pocket in (None, name)]:
+            self._given_up[name] += 1
         for name in [name for name in self._filling if pocket in (None, name)]:
             self._filling.pop(name).cancel()  # the next launch begins anew
         for slot in found:
