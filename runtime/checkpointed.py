@@ -205,6 +205,7 @@ class Checkpointed(Held):
                 if why:
                     raise rehearsal.Failed(f"it left its own to a run without arguments: {why}")
             os.ftruncate(self.reports, 0)
+            os.lseek(self.reports, 0, os.SEEK_SET)
             gc.collect()
             memory.trim()  # as each run will find it: what it allocates then lies in the same places
             after = rehearsal.trial(places, run)
