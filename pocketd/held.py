@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NUMBERS = 1 << 20  # above those of the service's own templates
 HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
-REHEARSING = 210.0  # seconds more for a sample, which is run three times, each for a minute at most
+REHEARSING = 210.0  # seconds more for a sample, which is run three or four times, each for a minute at most
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 BACKOFF = 10.0  # seconds before a template that died is made again
 REST = 60.0  # seconds before one that gave way is, unless somebody warms it
@@ -221,35 +221,40 @@ class Held:
         """Held and rehearsed; or, where the rehearsal fails, held without, with the reason in `facts`."""
         self.generation.changes.watch(daemon, definition)
         why = _not_to_rehearse(definition)
-        if definition.rehearse is not None and why is None:
+        # A sample of which no two runs do the same, for it prints the time, has to be run twice before its rehearsal to
+        # show what that left. It is run in the template too, and may end that.
+        for trials in (1, 2) if definition.rehearse is not None and why is None else ():
             try:
-                return await self._try(daemon, definition, progress, True)
+                return await self._try(daemon, definition, progress, trials)
             except Error as e:
-                if e.code not in ("rehearsal", "template"):
+                if e.code == "unlike" and trials == 1:
+                    continue
+                if e.code not in ("rehearsal", "unlike", "template"):
                     raise
-                # The sample is run in the template too, and may have ended it.
-                why = e.message if e.code == "rehearsal" else f"the rehearsal failed: {e.message}"
+                why = f"the rehearsal failed: {e.message}" if e.code == "template" else e.message
                 events.emit(
                     "pocket-not-rehearsed", "warning", service=self.generation.name, pocket=definition.name, why=why
                 )
                 progress(f"{definition.name}: {why}")
-        holder = await self._try(daemon, definition, progress, False)
+                break
+        holder = await self._try(daemon, definition, progress)
         holder.facts["not_rehearsed"] = why
         return holder
 
-    async def _try(self, daemon: Daemon, definition: Pocket, progress: Progress, rehearse: bool) -> Holder:
+    async def _try(self, daemon: Daemon, definition: Pocket, progress: Progress, trials: int = 0) -> Holder:
+        """`trials`: how often the sample is run before its rehearsal; 0: there is none."""
         g = self.generation
         plan = orders.plan_of(daemon, g, definition)
         with for_operators(None, g.name):
             parent = await g.templates.get(plan.loaded(definition.mode))
         if not g.init or not g.tree:
             raise Error("service", f"service {g.name} has ended")
-        progress(f"{definition.name}: {_doing(definition, rehearse)}")
+        progress(f"{definition.name}: {_doing(definition, trials > 0)}")
         holder = self._place(daemon, definition, parent)
         try:
             with ExitStack() as stack:
-                message, passed = self._orders(daemon, definition, plan, holder, rehearse, stack)
-                patience = HOLD_TIMEOUT + (REHEARSING if rehearse else 0.0)
+                message, passed = self._orders(daemon, definition, plan, holder, trials, stack)
+                patience = HOLD_TIMEOUT + (REHEARSING * trials)
                 reply, fds = await self._asked(g.init, passed, patience, message, definition)
                 fds.close()
             if holder.stale:
@@ -260,7 +265,7 @@ class Held:
             if isinstance(e, Error):
                 raise _explained(e, definition) from None
             raise
-        holder.facts["rehearsed"] = rehearse
+        holder.facts["rehearsed"] = trials > 0
         return holder
 
     @staticmethod
@@ -300,13 +305,14 @@ class Held:
         return holder
 
     def _orders(
-        self, daemon: Daemon, definition: Pocket, plan: orders.Plan, holder: Holder, rehearse: bool, stack: ExitStack
+        self, daemon: Daemon, definition: Pocket, plan: orders.Plan, holder: Holder, trials: int, stack: ExitStack
     ) -> tuple[Message, list[int]]:
         g = self.generation
         files = shown.defined_files(daemon.identities, definition, holder.uid, stack)
         environment = {"HOME": holder.homes[0] if holder.homes else "/", **_own_environment(), **definition.env}
         hold: Message = {
-            "rehearse": list(definition.rehearse or ()) if rehearse else None,
+            "rehearse": list(definition.rehearse or ()),
+            "trials": trials,
             "environment": environment,
             "filters": filters.compiled(clone3=True),
         }
@@ -551,7 +557,7 @@ def _own_environment() -> dict[str, str]:
 
 def _explained(e: Error, definition: Pocket) -> Error:
     output = e.detail.get("output") or ""
-    if e.code == "rehearsal":
+    if e.code in ("rehearsal", "unlike"):
         return Error(e.code, f"{definition.name} is held without a rehearsal: {e.message}")
     text = f"{definition.name} is not held: {e.message}"
     code = e.code if e.code == "template" else "hold"

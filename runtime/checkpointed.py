@@ -128,7 +128,7 @@ class Checkpointed(Held):
         try:
             self.look()
             sample = self.orders["hold"]["rehearse"]
-            if sample is not None:
+            if self.orders["hold"]["trials"]:
                 self.rehearse(sample, _program_frame())
             if not self.child:
                 self.settle()
@@ -164,23 +164,15 @@ class Checkpointed(Held):
                 self.play(words, out, err)
                 rehearsal.Until(until).begin()
 
-            run = functools.partial(become, sample)
-            before = rehearsal.trial(places, run)
-            if before is None:
-                return
-            if before.status:
-                said = (before.out + before.err)[-2000:].decode(errors="replace")
-                raise rehearsal.Failed(f"the sample ended with status {before.status}:\n{said}")
-            self.uncover()
             # A run of the same sample is the same where something kept its arguments: a cache, a class's attribute.
-            bare: Optional[rehearsal.Outcome] = None
-            if sample and not tops:  # what it does without any, nobody has said that it may
-                try:
-                    bare = rehearsal.trial(places, functools.partial(become, []), rehearsal.BARE)
-                    if bare is None:
-                        return
-                except rehearsal.Failed:
-                    pass  # it does something else then, and at length
+            # What a run does without any is tried where it may write nothing, since nobody has said that it may.
+            proofs = []
+            for words in (sample, []) if sample and not tops else (sample,):
+                proof = self.before(places, functools.partial(become, words), bare=words is not sample)
+                if self.child:
+                    return
+                if proof:
+                    proofs.append((words, proof))
             contents = [ctypes.string_at(o.range[0], o.range[1] - o.range[0]) for o in self.shared if o.range]
             self.share()
             self.run_here(sample, again, until)
@@ -197,29 +189,48 @@ class Checkpointed(Held):
             left = self.left_behind()
             if left:
                 raise rehearsal.Failed(f"it leaves behind what a fork cannot carry over: {left}")
-            if bare and bare.status:
-                bare_after = rehearsal.trial(places, functools.partial(become, []))
-                if bare_after is None:
+            for words, proof in reversed(proofs):
+                os.ftruncate(self.reports, 0)
+                os.lseek(self.reports, 0, os.SEEK_SET)
+                gc.collect()
+                memory.trim()  # as each run will find it: what it allocates then lies in the same places
+                after = rehearsal.trial(places, functools.partial(become, words))
+                if after is None:
                     return
-                why = rehearsal.difference(bare, bare_after)
+                why = proof.difference(after)
                 if why:
-                    raise rehearsal.Failed(f"it left its own to a run without arguments: {why}")
-            os.ftruncate(self.reports, 0)
-            os.lseek(self.reports, 0, os.SEEK_SET)
-            gc.collect()
-            memory.trim()  # as each run will find it: what it allocates then lies in the same places
-            after = rehearsal.trial(places, run)
-            if after is None:
-                return
-            why = rehearsal.difference(before, after)
-            if why:
-                raise rehearsal.Failed(f"a run after the rehearsal is not as one before it: {why}")
-            if rehearsal.timed(before, after):
-                self.recorder.noted.append("its output has times in it, which the rehearsal's proof left out")
+                    of = "after the rehearsal" if words is sample else "without arguments after it"
+                    raise rehearsal.Failed(f"a run {of} is not as one before it: {why}", unlike=True)
+                if words is sample:
+                    self.recorder.noted += filter(None, [proof.left_out(after)])
             self.uncover()
             self.pages = self.take_pages().here()
         except rehearsal.Failed as e:
-            self.fail(f"the rehearsal failed: {e}", "rehearsal")
+            self.fail(f"the rehearsal failed: {e}", "unlike" if e.unlike else "rehearsal")
+
+    def before(
+        self, places: rehearsal.Places, run: Callable[[int, int], None], bare: bool
+    ) -> Optional[rehearsal.Proof]:
+        """Run the sample in children, as often as was ordered, before it is rehearsed; None in those. Bare, without
+        arguments, None too where that does not end with an error soon: it does something else then, and at length."""
+        outcomes: List[rehearsal.Outcome] = []
+        for _ in range(self.orders["hold"]["trials"]):
+            try:
+                outcome = rehearsal.trial(places, run, rehearsal.BARE if bare else rehearsal.TIMEOUT)
+            except rehearsal.Failed:
+                if bare:
+                    return None
+                raise
+            if outcome is None:
+                return None
+            self.uncover()
+            if bare and not outcome.status:
+                return None
+            if outcome.status and not bare:
+                said = (outcome.out + outcome.err)[-2000:].decode(errors="replace")
+                raise rehearsal.Failed(f"the sample ended with status {outcome.status}:\n{said}")
+            outcomes.append(outcome)
+        return rehearsal.Proof(outcomes)
 
     def report(self) -> None:
         """At the end of a run of the sample, and when all of it is gone, which writes too: what it has made its own."""

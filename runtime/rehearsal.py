@@ -2,7 +2,8 @@
 
 What the run bound in the program's own modules, set in the interpreter, or wrote to files is undone. What cannot be
 seen, such as an item in a list that was there before, shows in the proof: the sample is run by a child of the template
-as it was before, and by one as it is afterwards, and both must do the same to the byte.
+as it was before, and by one as it is afterwards, and both must do the same to the byte. For a program of which no two
+runs do, that is tried again with two children before.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class Over(recorded.Ours):
 
 
 class Failed(Exception):
-    """The sample cannot be rehearsed; the text says why."""
+    """The sample cannot be rehearsed; the text says why. `unlike`: a run was not as one before it, maybe by itself."""
+
+    def __init__(self, why: str, unlike: bool = False):
+        super().__init__(why)
+        self.unlike = unlike
 
 
 class Outcome(NamedTuple):
@@ -51,35 +56,64 @@ class Outcome(NamedTuple):
     files: Dict[str, Tuple[int, str]]  # mode and digest of what it wrote
 
 
-# Times, as programs print them: dates, clocks, "45ms/step", heads of lines of absl's log, with its thread's number.
+# Times, as programs print them: dates, clocks, "45ms/step", heads of lines of absl's log, with its thread's number; and
+# addresses, as an object without a text of its own has one.
 _TIMES = re.compile(
     rb"[IWEF][0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]+\.[0-9]+ +[0-9]+"
     rb"|[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}:[0-9]{2}:[0-9]{2}(?:[.,][0-9]+)?"
     rb"|[0-9]+(?:\.[0-9]+)? ?(?:ns|us|\xc2\xb5s|ms|s|sec|seconds?)(?:/[a-z]+)?(?![A-Za-z0-9])"
+    rb"|\bat 0x[0-9a-f]{8,16}\b"
 )
+_WORD = re.compile(rb"[ \t]*[\w.+-]+|[ \t]*.", re.DOTALL)  # with the blanks before it, which align it
 
 
-def timed(before: Outcome, after: Outcome) -> bool:
-    """Whether both print the same but for times."""
-    return (before.out, before.err) != (after.out, after.err)
+class Proof(NamedTuple):
+    """What a run of the sample must do: as the runs before the rehearsal did. Where there were two, words and files in
+    which they differ, times and random numbers for one, differ by themselves and are not compared."""
+
+    before: List[Outcome]
+
+    def difference(self, after: Outcome) -> Optional[str]:
+        """The first thing in which a run from the rehearsed template is not as from the other one."""
+        first = self.before[0]
+        for name in ("out", "err"):
+            given = [getattr(outcome, name) for outcome in (*self.before, after)]
+            if not _alike(given):
+                stream = {"out": "standard output", "err": "standard error"}[name]
+                return f"its {stream} is not the same: {_unlike(given[0], given[-1])}"
+        if after.status != first.status:
+            return f"its exit status is {after.status} instead of {first.status}"
+        of_all = [path for path in first.files if all(path in o.files for o in self.before)]
+        for path in of_all:
+            known = [o.files[path] for o in self.before]
+            found = after.files.get(path)
+            if found is None or found[0] != known[0][0] or (found not in known and len(set(known)) == 1):
+                return f"it does not write the same to {path}"
+        others = [[path for path in sorted(o.files) if path not in of_all] for o in (first, after)]
+        if [os.path.dirname(path) for path in others[0]] != [os.path.dirname(path) for path in others[1]]:
+            return f"it does not write the same to {(others[1] or others[0])[0]}"
+        return None
+
+    def left_out(self, after: Outcome) -> Optional[str]:
+        """What was not compared, in words; None where all was."""
+        if len(self.before) > 1:
+            return "no two runs of its sample do the same: where they differ, the rehearsal's proof could not look"
+        if (after.out, after.err) != (self.before[0].out, self.before[0].err):
+            return "its output has times or addresses in it, which the rehearsal's proof left out"
+        return None
 
 
-def difference(before: Outcome, after: Outcome) -> Optional[str]:
-    """The first thing in which a run from the rehearsed template is not as from the other one, but for times."""
-    for name, a, b in (("standard output", before.out, after.out), ("standard error", before.err, after.err)):
-        if _TIMES.sub(b"TIME", a) != _TIMES.sub(b"TIME", b):
-            return f"its {name} is not the same: {_unlike(a, b)}"
-    if before.status != after.status:
-        return f"its exit status is {after.status} instead of {before.status}"
-    for path in sorted({*before.files, *after.files}):
-        if before.files.get(path) != after.files.get(path):
-            return f"it does not write the same to {path}"
-    return None
+def _alike(outputs: List[bytes]) -> bool:
+    """Whether the last says the same as all others, but for times, and for words in which those differ."""
+    *before, after = [_WORD.findall(_TIMES.sub(b"TIME", text)) for text in outputs]
+    if any(len(words) != len(after) for words in before):
+        return False
+    return all(words[-1] in words[:-1] or len(set(words[:-1])) > 1 for words in zip(*before, after))
 
 
 def _unlike(a: bytes, b: bytes) -> str:
     for x, y in zip(a.splitlines() + [b""], b.splitlines() + [b""]):
-        if x != y:
+        if _TIMES.sub(b"TIME", x) != _TIMES.sub(b"TIME", y):
             return f"{_shown(y)} instead of {_shown(x)}"
     return f"{len(b)} bytes instead of {len(a)}"
 

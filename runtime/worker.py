@@ -166,7 +166,7 @@ def enter(cgroup: int) -> None:
     os.close(cgroup)
 
 
-LAYERS = 3  # the sample runs three times: before, in, and after the rehearsal
+BESIDES = 2  # runs of the sample after those before the rehearsal: it itself, and one that shows what it left
 
 
 def lay_over(message: Message, sock: socket.socket) -> List[int]:
@@ -174,10 +174,11 @@ def lay_over(message: Message, sock: socket.socket) -> List[int]:
     and hand them to init, which takes them off one by one. Returns descriptors of all that is or will be there."""
     shown: List[int] = []
     layers: List[int] = []
-    places = [p for p in message["mounts"] if p["writable"]] if message["hold"]["rehearse"] is not None else []
+    places = [p for p in message["mounts"] if p["writable"]] if message["hold"]["trials"] else []
+    count = message["hold"]["trials"] + BESIDES if places else 0
     if places:
         mounts.tmpfs(EMPTY, size=message["tmp"])
-        for number in range(LAYERS):
+        for number in range(count):
             for n, place in enumerate(places):
                 if not number:
                     shown.append(open_as_named(place["target"], os.O_PATH))
@@ -192,7 +193,7 @@ def lay_over(message: Message, sock: socket.socket) -> List[int]:
                     layers.append(open_as_named(place["alias"], os.O_PATH | os.O_DIRECTORY))
         mounts.unmount(EMPTY)
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=message["self"])
-    wire.send(sock, {"op": "layers", "count": LAYERS if places else 0}, [namespace, *layers])
+    wire.send(sock, {"op": "layers", "count": count}, [namespace, *layers])
     os.close(namespace)
     return shown + layers
 
