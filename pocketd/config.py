@@ -26,7 +26,7 @@ from types import MappingProxyType
 from cgroup.limits import Limits
 from nsutil.beneath import open_as_named
 from pocketd import schema
-from pocketd.definitions import NAME, VERBS, Admission, Config, Pocket, Problem, Service, describe
+from pocketd.definitions import NAME, VERBS, Admission, Config, Holding, Pocket, Problem, Service, describe
 from pocketd.schema import Entry, Reader, Refusals, Table, dotted
 
 __all__ = ["AUTHORS_FILE", "DEFAULT_PATH", "Config", "Problem", "describe", "load"]
@@ -69,7 +69,7 @@ class _Loading:
         self.notices: list[str] = []
         self.run_limits: Limits = MappingProxyType({})
         self.admission = Admission()
-        self.held_budget: int | None = None
+        self.held = Holding()
 
     def config(self) -> Config:
         return Config(
@@ -77,7 +77,7 @@ class _Loading:
             pockets=MappingProxyType(self.pockets),
             run_limits=self.run_limits,
             admission=self.admission,
-            held_budget=self.held_budget,
+            held=self.held,
             problems=tuple(self.problems),
             invalid=MappingProxyType({name: tuple(problems) for name, problems in self.invalid.items()}),
             notices=tuple(self.notices),
@@ -139,7 +139,7 @@ class _Loading:
         top = Reader(tree, (), self.problems)
         services, pockets, defaults = top.table("service"), top.table("pocket"), top.table("defaults")
         self.admission = schema.admission(top.within("admission"))
-        self.held_budget = schema.held(top.within("held"))
+        self.held = schema.held(top.within("held"))
         top.finish()
         kinds = Reader(defaults, ("defaults",), self.problems)
         pocket_limits, broken = self.default_limits(kinds.table("pocket"), "pocket")

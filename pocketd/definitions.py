@@ -159,6 +159,14 @@ class Admission:
 
 
 @dataclass(frozen=True)
+class Holding:
+    """[held]: what pockets that are held may cost."""
+
+    budget: int | None = None  # bytes of their own that they and their slots may have together
+    timeout: float = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
+
+
+@dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with the configuration. `message` says what, and what would be right."""
 
@@ -181,7 +189,7 @@ class Config:
     pockets: Mapping[str, Pocket]
     run_limits: Limits = _empty()  # [defaults.run]: of ad hoc runs
     admission: Admission = Admission()
-    held_budget: int | None = None  # [held]: bytes of their own that held pockets and their slots may have together
+    held: Holding = Holding()
     problems: tuple[Problem, ...] = ()
     invalid: Mapping[str, tuple[Problem, ...]] = _empty()
     notices: tuple[str, ...] = ()  # not wrong, and worth a line in the log

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from pocketd.templates import Progress, Template
 
 NUMBERS = 1 << 20  # above those of the service's own templates
-HOLD_TIMEOUT = 120.0  # seconds that a program may take to its checkpoint, or a pocket's modules to be preloaded
 REHEARSING = 210.0  # seconds more for a sample, which is run three or four times, each for a minute at most
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
+GRACE = 5.0  # seconds in which a template that is overdue may say where it is
 BACKOFF = 10.0  # seconds before a template that died is made again
 REST = 60.0  # seconds before one that gave way is, unless somebody warms it
 _PATIENCE = 8  # launches in a row of one user that a template may refuse before it is asked less often
@@ -254,8 +254,8 @@ class Held:
         try:
             with ExitStack() as stack:
                 message, passed = self._orders(daemon, definition, plan, holder, trials, stack)
-                patience = HOLD_TIMEOUT + (REHEARSING * trials)
-                reply, fds = await self._asked(g.init, passed, patience, message, definition)
+                patience = daemon.config.held.timeout + REHEARSING * trials
+                reply, fds = await self._asked(g.init, passed, patience, message)
                 fds.close()
             if holder.stale:
                 raise Error("hold", holder.stale)
@@ -268,19 +268,23 @@ class Held:
         holder.facts["rehearsed"] = trials > 0
         return holder
 
-    @staticmethod
-    async def _asked(
-        init: Link, passed: list[int], patience: float, message: Message, definition: Pocket
-    ) -> tuple[Message, Fds]:
+    async def _asked(self, init: Link, passed: list[int], patience: float, message: Message) -> tuple[Message, Fds]:
+        """Init's answer. A template that is overdue is asked where it is, and ended if it does not say."""
+        late, loop = time.monotonic() + patience + GRACE, asyncio.get_running_loop()
+
+        def say(op: str) -> None:
+            self.generation.keep(init.send({"op": op, "template": message["template"]}))
+
+        timers = [loop.call_later(patience, say, "overdue"), loop.call_later(patience + GRACE, say, "retire")]
         try:
-            return await init.call("hold", passed, timeout=patience, **message)
+            return await init.call("hold", passed, timeout=patience + 4 * GRACE, **message)
         except Error as e:
-            if e.code != "timeout":
-                raise
-            what = (
-                f"{definition.program} has not come to its checkpoint" if definition.program else "it is not preloaded"
-            )
-            raise Error("hold", f"{what} after {patience:.0f} s, and was ended") from None
+            if e.code == "template" and time.monotonic() >= late:
+                raise Error("hold", f"it was not held after {patience:.0f} s, and was ended", **e.detail) from None
+            raise
+        finally:
+            for timer in timers:
+                timer.cancel()
 
     def _place(self, daemon: Daemon, definition: Pocket, parent: Template) -> Holder:
         """Its cgroup beneath the pocket's, with a leaf for itself."""
@@ -315,6 +319,7 @@ class Held:
             "trials": trials,
             "environment": environment,
             "filters": filters.compiled(clone3=True),
+            "timeout": daemon.config.held.timeout,
         }
         if definition.program:
             hold["program"] = os.path.join(definition.dir, definition.program)

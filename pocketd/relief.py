@@ -111,7 +111,7 @@ class Relief:
         await self._keep_to_budget()
 
     async def _keep_to_budget(self) -> None:
-        budget = self.daemon.config.held_budget
+        budget = self.daemon.config.held.budget
         if budget is None:
             return
         holders = self._holders()

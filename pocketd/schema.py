@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from cgroup import limits as limits_of
 from cgroup.limits import LimitError, Limits
-from pocketd.definitions import Admission, Allow, ModelFactory, ModelFile, Pocket, Problem, Service, User
+from pocketd.definitions import Admission, Allow, Holding, ModelFactory, ModelFile, Pocket, Problem, Service, User
 from pocketd.paths import Mount, parse_mount, refuse_directory
 
 T = TypeVar("T")
@@ -447,11 +447,15 @@ def admission(reader: Reader) -> Admission:
     return found
 
 
-def held(reader: Reader) -> int | None:
-    """[held]: what pockets that are held may cost together."""
-    budget = reader.take("budget", size, None)
+def held(reader: Reader) -> Holding:
+    """[held]: what pockets that are held may cost."""
+    default = Holding()
+    found = Holding(
+        budget=reader.take("budget", size, default.budget),
+        timeout=reader.take("timeout", seconds(1, 3600), default.timeout),
+    )
     reader.finish()
-    return budget
+    return found
 
 
 # A pocket's author may not give rights to the pocket.

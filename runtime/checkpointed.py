@@ -57,8 +57,8 @@ class Checkpointed(Held):
         later="Open it after that",
     )
 
-    def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
-        super().__init__(template, talk, orders, log)
+    def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int, printed: List[int]):
+        super().__init__(template, talk, orders, log, printed)
         self.reached = False
         self.line_held = 0  # of the program's top level, which is executing then
         self.compiled: Any = None

@@ -62,6 +62,7 @@ class Template:
     files: int = -1  # a memfd that lists what it imported (runtime.imported)
     pause: Optional[clone.Child] = None  # of a pocket's template
     pause_ended: bool = False
+    printed: List[int] = field(default_factory=list)  # files into which a pocket's template prints until it is ready
     namespace: int = -1  # of a pocket's template: its mount namespace, from before anything of its program ran
     layers: List[List[int]] = field(
         default_factory=list

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import select
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -35,6 +36,7 @@ from runtime import (
 from runtime.trace import Trace
 
 _SHARED = 64 << 20  # bytes of it that are made anew in each run
+OVERDUE = signal.SIGRTMIN + 11  # what init says to one that takes too long
 FAILED = 125  # pocketd's own failure, as podman's
 
 
@@ -54,8 +56,9 @@ class Held:
     words: Words
     is_program = True  # with arguments and an input that are each run's own
     rehearsing = False  # this is a run of the sample
+    arrived = False  # at where it is held
 
-    def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int):
+    def __init__(self, template: Any, talk: socket.socket, orders: Message, log: int, printed: List[int]):
         self.template = template
         self.talk = talk
         self.orders = orders
@@ -75,7 +78,7 @@ class Held:
         self.recorder = recorded.Recorder(tops, scratch, shown, written, advice, self.is_program)
         self.pid = os.getpid()
         self.seeds = seeds.Seeds()
-        self.streams = streams.Streams(self.recorder.reconfigured, self.is_program)
+        self.streams = streams.Streams(printed, self.recorder.reconfigured, self.is_program)
         self.reports = -1  # where a run of the sample writes which pages it made its own
         self.pages = workingset.WorkingSet()
         self.run_size = 0  # bytes that a run of the sample had of its own
@@ -114,6 +117,7 @@ class Held:
     # -- up to the fork
 
     def begin_watch(self) -> None:
+        signal.signal(OVERDUE, self.overdue)
         self.carried = carried.Carried()
         self.recorder.begin()
         self.seeds.begin()
@@ -121,6 +125,16 @@ class Held:
     def end_watch(self) -> None:
         self.seeds.end()
         self.recorder.end()
+
+    def overdue(self, _: int, frame: Any) -> None:
+        """It took too long, says init: say where it is."""
+        if os.getpid() != self.pid or self.child:
+            return
+        own = next((f for f in rehearsal.frames(frame) if f.f_code.co_filename.startswith(self.recorder.tops)), frame)
+        where = f"{own.f_code.co_filename}, line {own.f_lineno}, in {own.f_code.co_name}"
+        if self.arrived:
+            self.fail(f"the rehearsal failed: it does not end, and is at {where}", "rehearsal")
+        self.fail(f"after {self.orders['hold']['timeout']:.0f} s it is still at {where}")
 
     def fail(self, why: str, code: str = "hold") -> NoReturn:
         """Say why it cannot be held, with what was printed, and end."""
@@ -137,6 +151,7 @@ class Held:
 
     def arrive(self) -> None:
         """It has come to where it is held: no more is noted, and what it holds is looked at."""
+        self.arrived = True
         self.end_watch()
         self.carried.end()
         if self.recorder.refused:  # and what was raised was caught
@@ -191,6 +206,7 @@ class Held:
         """Be ready to be forked: no garbage, and pages that stay shared."""
         if self.orders.get("threads"):
             threads.limit(self.orders["threads"], threads.find())  # of libraries that its program has loaded
+        signal.signal(OVERDUE, signal.SIG_DFL)
         privatized = self.make_private()  # what a rehearsal has left
         self.seeds.find()
         self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))

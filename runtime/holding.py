@@ -20,6 +20,7 @@ from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime.children import Session, Template, is_child, output_pipe, processes_of
+from runtime.held import OVERDUE
 
 WALL = 0x40000000  # wait4(2)
 _COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
@@ -107,6 +108,9 @@ class Holding:
             t.ready = {key: message.get(key) for key in _FACTS}
             self.tell({"id": t.request, "ok": True, "pid": t.pid, **t.ready})
             t.request = None
+            for fd in t.printed:
+                os.close(fd)
+            t.printed = []
         elif operation == "failed" and t.ready is None and t.request is not None:
             self.refuse_template(t, message.get("error"))
         elif operation == "uncover" and t.layers:
@@ -133,10 +137,17 @@ class Holding:
                 self.refuse_template(t, message.get("error"))
                 return True
             t.namespace = fds.take()
+            t.printed = [fds.take(), fds.take()]
             rest, count = fds.rest(), message["count"]
             size = len(rest) // count if count else 0
             t.layers = [rest[n * size : (n + 1) * size] for n in range(count)]
         return True
+
+    def on_overdue(self, message: Message, fds: Fds) -> None:
+        """Ask a template that takes too long where it is; it says so as it fails (runtime.held)."""
+        t = self.templates.get(message["template"])
+        if t and t.kind == "pocket" and t.pid and t.request is not None:
+            os.kill(t.pid, OVERDUE)  # not reaped yet, so it is no other's pid
 
     def uncover(self, t: Template) -> None:
         """Take off the topmost layer of what a template's rehearsals have written, in its mount namespace."""
@@ -176,10 +187,10 @@ class Holding:
                 pass
 
     def pause_over(self, t: Template) -> None:
-        for fd in (*(fd for layer in t.layers for fd in layer), t.namespace):
+        for fd in (*(fd for layer in t.layers for fd in layer), *t.printed, t.namespace):
             if fd >= 0:
                 os.close(fd)
-        t.layers, t.namespace = [], -1
+        t.layers, t.printed, t.namespace = [], [], -1
         if t.pause:
             os.close(t.pause.pidfd)
             t.pause = None

@@ -471,13 +471,13 @@ def settle_threads(before: Set[threading.Thread], tops: Tuple[str, ...], seconds
             thread.join(max(0.0, end - time.monotonic()))
     for thread in set(threading.enumerate()) - before:
         frame = sys._current_frames().get(thread.ident or 0)
-        lines = [f for f in _frames(frame) if f.f_code.co_filename.startswith(tops)]
+        lines = [f for f in frames(frame) if f.f_code.co_filename.startswith(tops)]
         if lines:
             where = f"{lines[0].f_code.co_filename}, line {lines[0].f_lineno}"
             raise Failed(f"the thread {thread.name} that it starts goes on in {where}, and would in each run")
 
 
-def _frames(frame: Optional[FrameType]) -> Iterator[FrameType]:
+def frames(frame: Optional[FrameType]) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back

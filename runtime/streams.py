@@ -18,10 +18,11 @@ _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
 class Streams:
-    """`reconfigured`: what was asked of each by reconfigure(), as it is noted (runtime.recorded). `has_input`: there
-    will be some to read, which is each run's own."""
+    """`printed`: two files for what is printed, taken over. `reconfigured`: what was asked of each by reconfigure(), as
+    it is noted (runtime.recorded). `has_input`: there will be some to read, which is each run's own."""
 
-    def __init__(self, reconfigured: Mapping[str, List[Dict[str, Any]]], has_input: bool):
+    def __init__(self, printed: List[int], reconfigured: Mapping[str, List[Dict[str, Any]]], has_input: bool):
+        self._into = [-1, *printed]
         self.printed: Dict[int, Tuple[bytes, bytes]] = {}  # what had been written, and what a buffer held
         self._reconfigured = reconfigured
         self._has_input = has_input
@@ -31,11 +32,13 @@ class Streams:
     def take(self) -> None:
         """Nothing to read, and output into files."""
         for number, name, mode in _STREAMS:
-            if mode == "r" and not self._has_input:
+            if mode == "w":
+                fd = self._into[number]
+            elif not self._has_input:
                 fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             else:
                 fd = os.memfd_create(name, os.MFD_CLOEXEC)
-            if mode == "r" and self._has_input:
+            if number == 0 and self._has_input:
                 os.write(fd, b"\n")  # so that whoever reads moves the offset
                 os.lseek(fd, 0, os.SEEK_SET)
             os.dup2(fd, number)

@@ -13,6 +13,13 @@ from pocketd.wire import Error, Message
 from runtime.children import Session, Template, output_pipe, start_template
 from runtime.log import Log
 
+LAST = 8192  # bytes of what a program printed that are told with an error
+
+
+def last(fd: int) -> bytes:
+    """The end of a file, whatever its offset is."""
+    return os.pread(fd, LAST, max(0, os.fstat(fd).st_size - LAST))
+
 
 class Templates:
     """Those methods of Init that are about templates."""
@@ -112,6 +119,8 @@ class Templates:
         self.drain_all(t)
         e = Error.unwire(error)
         e.detail["stderr"] = "\n".join(line.decode(errors="replace") for line in t.tail)
+        if t.printed and not e.detail.get("output"):
+            e.detail["output"] = b"".join(last(fd) for fd in t.printed)[-LAST:].decode(errors="replace")
         self.tell({"id": t.request, "error": e.wire()})
         t.request = None
 

@@ -64,7 +64,8 @@ def run(
         trace.mark("its mounts")
         if hold:
             enter(cgroup)
-            hold["shown"] = lay_over(message, sock)
+            printed = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdout", "stderr")]
+            hold["shown"] = lay_over(message, sock, printed)
         confine(message, hold["filters"] if hold else template.begin.get("filters", ()))
         if hold:
             for fd in hold["shown"]:
@@ -75,7 +76,7 @@ def run(
             fit(template, message)
             clean.restore()
             kind = preloaded.Preloaded if "preload" in hold else checkpointed.Checkpointed
-            held = kind(template, sock, message, output)
+            held = kind(template, sock, message, output, printed)
             interpreter.finish(held.run(), full=message["exit"] == "full", last=held.report)
         trace.mark("its privileges are gone")
         waited = message.get("slot") is True
@@ -169,9 +170,10 @@ def enter(cgroup: int) -> None:
 BESIDES = 2  # runs of the sample after those before the rehearsal: it itself, and one that shows what it left
 
 
-def lay_over(message: Message, sock: socket.socket) -> List[int]:
+def lay_over(message: Message, sock: socket.socket, printed: List[int]) -> List[int]:
     """Cover what a pocket's template may write with layers that take what is written, one for each run of its sample,
-    and hand them to init, which takes them off one by one. Returns descriptors of all that is or will be there."""
+    and hand them to init, which takes them off one by one; and the files into which it prints. Returns descriptors of
+    all that is or will be there."""
     shown: List[int] = []
     layers: List[int] = []
     places = [p for p in message["mounts"] if p["writable"]] if message["hold"]["trials"] else []
@@ -193,7 +195,7 @@ def lay_over(message: Message, sock: socket.socket) -> List[int]:
                     layers.append(open_as_named(place["alias"], os.O_PATH | os.O_DIRECTORY))
         mounts.unmount(EMPTY)
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=message["self"])
-    wire.send(sock, {"op": "layers", "count": count}, [namespace, *layers])
+    wire.send(sock, {"op": "layers", "count": count}, [namespace, *printed, *layers])
     os.close(namespace)
     return shown + layers
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.launch.both import Ended
@@ -165,3 +167,48 @@ def test_it_is_held_once_it_has_been_put_right(hold):
     pocket.write("app.py", "y = 2\nprint(y)\n")
     pocket.wait_held()
     assert pocket.same().out == b"2\n"
+
+
+@pytest.fixture
+def hurried(pool):
+    """Programs have 3 s to their checkpoint."""
+    pool.base += "[held]\ntimeout = 3\n"
+    try:
+        yield
+    finally:
+        pool.base = pool.base.replace("[held]\ntimeout = 3\n", "")
+        pool.read_again()
+
+
+BLOCKS = {
+    "a sleep": "time.sleep(1000)",
+    "a loop": "while True: pass",
+    "a connection that never comes": "socket.create_server(('127.0.0.1', 0)).accept()",
+    "a lock": "threading.Lock().acquire() and (lock := threading.Lock()).acquire() and lock.acquire()",
+    "a child": "subprocess.run(['sleep', '1000'])",
+    "a condition that catches all": "\nwhile True:\n  try: time.sleep(1000)\n  except BaseException: pass",
+}
+
+
+@pytest.mark.parametrize("what", BLOCKS)
+def test_a_program_that_blocks_before_its_checkpoint_is_shown_where(hold, hurried, what):
+    source = (
+        f"import socket, subprocess, sys, threading, time\nprint('on the way')\n{BLOCKS[what]}\nhere = None\nprint(1)\n"
+    )
+    said = hold(source, "here =").refused()
+    line = 5 if "catches all" in what else 3
+    assert re.search(rf"after 3 s it is still at \S+/app.py, line {line}, in <module>", said), said
+    assert said.rstrip().endswith("on the way"), said
+
+
+def test_one_that_does_not_even_answer_is_ended(hold, hurried):
+    """What it has written is shown, and not what is in buffers of its own."""
+    source = "import os, signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nos.write(2, b'written')\nprint('kept')\ntime.sleep(1000)\nhere = None\n"
+    said = hold(source, "here =").refused()
+    assert "it was not held after 3 s, and was ended" in said and "written" in said, said
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "import ctypes; ctypes.string_at(0)"])
+def test_output_of_a_program_that_does_not_live_to_its_checkpoint(hold, end):
+    said = hold(f"import os\nprint('on the way', flush=True)\n{end}\nhere = None\n", "here =").refused()
+    assert "the template ended before it was ready" in said and "on the way" in said, said
