@@ -1,8 +1,9 @@
 """Where a pocket's program is held: one call put into its syntax tree, and nothing else of it changed.
 
-A checkpoint is written as the start of one top-level statement ("image = load("), as a function's name ("main": before
-it is first called), as a place ("detect.py:14"), or as `pocketd.checkpoint()`, which the program calls itself. The call
-stands on the line of what it precedes, so that line numbers, tracebacks and the names in them are the program's own.
+A checkpoint is written as the start of one top-level statement ("image = load("), which may be in a block of `if` such
+as `if __name__ == "__main__":`, as a function's name ("main": before it is first called), as a place ("detect.py:14"),
+or as `pocketd.checkpoint()`, which the program calls itself. The call stands on the line of what it precedes, so that
+line numbers, tracebacks and the names in them are the program's own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import __future__
 import ast
 import functools
 import re
-import warnings
-from contextlib import suppress
-from typing import Any, Iterator, List, NamedTuple, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 # What the inserted call is named among the builtins; no name that a program can write.
 NAME = "<checkpoint>"
@@ -32,40 +31,34 @@ class CheckpointError(Exception):
 
 
 class Compiled(NamedTuple):
-    """A program that calls the builtin `NAME` at its checkpoint, once it gets there; and what comes after that, where
-    it can be run a second time: the rest of its top level, or the function that is held at its beginning."""
+    """A program that calls the builtin `NAME` at its checkpoint, once it gets there."""
 
     code: Any
-    rest: Any  # code for the program's namespace, or None
-    function: bool
+    tree: ast.Module
+    call: Optional[ast.stmt]  # that call; None where the program has one of its own
+
+    @property
+    def flags(self) -> int:
+        """Those of its `from __future__`, for compile()."""
+        return int(self.code.co_flags & _FUTURES)
+
+    def is_at(self, line: int) -> Callable[[ast.stmt], bool]:
+        """Whether a statement is the checkpoint, which has been reached in `line`."""
+        if self.call:
+            return lambda statement: statement is self.call
+        return lambda statement: (
+            isinstance(statement, ast.Expr) and statement.lineno <= line <= (statement.end_lineno or 0)
+        )
 
 
 def compile_held(source: bytes, path: str, where: str) -> Compiled:
     """`where` as a pocket's definition has it; `path` as the program is run by. Raises CheckpointError, and what
     compile() raises for a program that is none."""
     tree = ast.parse(source, path)
-    function, after = False, None
-    if where == OWN:
-        with suppress(CheckpointError):
-            body, at = at_statement(tree, source, path, where)
-            after = body[at + 1 :]
-    else:
-        body, at = find(tree, source, path, where)
-        if body is tree.body:
-            after = body[at:]
-        else:
-            function = at <= 1 and where.isidentifier()
-        insert(body, at)
-    code = compile(tree, path, "exec", dont_inherit=True)
-    rest = None
-    if after is not None:
-        while after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant):
-            after = after[1:]  # it would become the docstring
-        flags = code.co_flags & _FUTURES
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there were some already, of the same lines
-            rest = compile(ast.Module(after, []), path, "exec", flags, dont_inherit=True)
-    return Compiled(code, rest, function)
+    call = None
+    if where != OWN:
+        call = insert(*find(tree, source, path, where))
+    return Compiled(compile(tree, path, "exec", dont_inherit=True), tree, call)
 
 
 def find(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
@@ -103,20 +96,30 @@ def in_function(function: Function) -> Tuple[Body, int]:
 
 
 def at_statement(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
-    """The one top-level statement whose text begins with `where`, blanks aside."""
+    """The one top-level statement, or of a block of `if` there, whose text begins with `where`, blanks aside."""
     wanted = squeeze(where)
     lines = source.splitlines(keepends=True)
     found = [
-        i
-        for i, statement in enumerate(tree.body)
+        (body, i)
+        for body in top_level(tree.body)
+        for i, statement in enumerate(body)
         if squeeze(text_of(statement, lines)).startswith(wanted) and not is_future(statement)
     ]
     if not wanted or not found:
         raise CheckpointError(f"no top-level statement of {path} begins with {where!r}, and it has no such function")
     if len(found) > 1:
-        numbers = ", ".join(str(first_line(tree.body[i])) for i in found)
+        numbers = ", ".join(str(first_line(body[i])) for body, i in found)
         raise CheckpointError(f"{where!r} begins {len(found)} top-level statements of {path}, in lines {numbers}")
-    return tree.body, found[0]
+    return found[0]
+
+
+def top_level(body: Body) -> Iterator[Body]:
+    """The statements of the top level, and those of blocks of `if` there."""
+    yield body
+    for statement in body:
+        if isinstance(statement, ast.If):
+            yield from top_level(statement.body)
+            yield from top_level(statement.orelse)
 
 
 def squeeze(text: str) -> str:
@@ -150,7 +153,7 @@ def bodies(tree: ast.AST) -> Iterator[Body]:
                 yield body
 
 
-def insert(body: Body, at: int) -> None:
+def insert(body: Body, at: int) -> ast.stmt:
     where = body[at] if at < len(body) else body[-1]
     call = ast.Expr(ast.Call(ast.Name(NAME, ast.Load()), [], []))
     if at == 0 and isinstance(where, ast.Expr) and isinstance(where.value, ast.Constant):
@@ -161,3 +164,4 @@ def insert(body: Body, at: int) -> None:
         node.lineno = node.end_lineno = first_line(where)  # type: ignore[attr-defined]
         node.col_offset = node.end_col_offset = where.col_offset  # type: ignore[attr-defined]
     body.insert(at, call)
+    return call

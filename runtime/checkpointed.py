@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 import threading
-import types
 from typing import Any, Callable, Dict, List, Optional
 
 from nsutil import clone, memory, processes
@@ -30,12 +29,12 @@ from runtime import (
     program,
     recorded,
     rehearsal,
+    remainder,
     threads,
     workingset,
 )
 from runtime.held import Held, Words
 
-_VARARGS, _VARKEYWORDS = 0x4, 0x8  # of a code object: inspect.CO_VARARGS, CO_VARKEYWORDS
 _AT_FIRST = (
     b"PYTHONPATH",
     b"PYTHONPYCACHEPREFIX",
@@ -61,7 +60,7 @@ class Checkpointed(Held):
         super().__init__(template, talk, orders, log, printed)
         self.reached = False
         self.line_held = 0  # of the program's top level, which is executing then
-        self.compiled: Any = None
+        self.compiled: Any = None  # until it is held
         self.program: str = orders["hold"]["program"]
 
     # -- up to the checkpoint
@@ -131,6 +130,7 @@ class Checkpointed(Held):
             if self.orders["hold"]["trials"]:
                 self.rehearse(sample, _program_frame())
             if not self.child:
+                self.compiled = None
                 self.settle()
                 self.serve()
         except Exception as e:  # a fault of ours, not the program's
@@ -230,7 +230,7 @@ class Checkpointed(Held):
                 said = (outcome.out + outcome.err)[-2000:].decode(errors="replace")
                 raise rehearsal.Failed(f"the sample ended with status {outcome.status}:\n{said}")
             outcomes.append(outcome)
-        return rehearsal.Proof(outcomes)
+        return rehearsal.Proof(outcomes, rehearsal.Until(self.orders["hold"]["rehearse_until"]).is_a_time)
 
     def report(self) -> None:
         """At the end of a run of the sample, and when all of it is gone, which writes too: what it has made its own."""
@@ -246,25 +246,11 @@ class Checkpointed(Held):
 
     def remainder(self, frame: Any) -> Callable[[], object]:
         """What follows the checkpoint, as something that can be called."""
-        code, there = frame.f_code, dict(frame.f_locals)
-        if self.compiled.rest is not None and code.co_name == "<module>":
-            rest, names = self.compiled.rest, frame.f_globals
-            return lambda: exec(rest, names)
-        if not self.compiled.function or code.co_freevars:
-            raise rehearsal.Failed(
-                "only what follows a top-level statement or the beginning of a function can be rehearsed"
-            )
-        count = code.co_argcount
-        given = [there[name] for name in code.co_varnames[:count]]
-        named = {name: there[name] for name in code.co_varnames[count : count + code.co_kwonlyargcount]}
-        at = count + code.co_kwonlyargcount
-        if code.co_flags & _VARARGS:
-            given += there[code.co_varnames[at]]
-            at += 1
-        if code.co_flags & _VARKEYWORDS:
-            named.update(there[code.co_varnames[at]])
-        function = types.FunctionType(code, frame.f_globals, code.co_name)
-        return lambda: function(*given, **named)
+        found = remainder.find(self.compiled.tree, self.compiled.is_at(frame.f_lineno))
+        try:
+            return remainder.of_frame(found, frame, self.compiled.flags)
+        except remainder.CannotRepeat as e:
+            raise rehearsal.Failed(str(e)) from None
 
     def run_here(self, sample: List[str], again: Callable[[], object], until: Optional[str]) -> None:
         ends = rehearsal.Until(until)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import os
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from pocketd import wire
 from pocketd.wire import Message
-from runtime import checkpoint, program, recorded
+from runtime import checkpoint, program, recorded, remainder
 
 _WORTH = 0.05  # of the time until the first look: what a simpler place may lose against the last one
 _LEAST = 0.01  # seconds that are worth a checkpoint
@@ -235,7 +236,8 @@ class Observer:
             for body in checkpoint.bodies(tree):
                 for at, statement in enumerate(body):
                     if body is not tree.body and _holds(statement, line) and not isinstance(statement, _DEFINITIONS):
-                        yield Offer(f"{file}:{checkpoint.first_line(statement)}", body, at, False)
+                        again = remainder.find(tree, partial(operator.is_, statement)) is not None
+                        yield Offer(f"{file}:{checkpoint.first_line(statement)}", body, at, again)
 
     def _beginnings(self, statement: ast.stmt) -> Iterator[str]:
         """Of its first line, the shortest first."""

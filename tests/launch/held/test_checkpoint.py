@@ -63,6 +63,7 @@ PLACES = {
         BEFORE + "try:\n    {}[1]\nexcept KeyError as e:\n    print(repr(e), sys.exc_info()[0])\n" + AFTER,
         "app.py:7",
     ),
+    "in the guard": (BEFORE + 'if __name__ == "__main__":\n    x = load = 1\n    print(x)\n' + AFTER, "x = load"),
     "in match": (BEFORE + "match os.name:\n    case 'posix':\n        print(1)\n" + AFTER, "app.py:6"),
 }
 
@@ -77,6 +78,109 @@ def test_what_comes_before_ran_once(hold, form):
         held = pocket.from_held("a", "b c")
         assert b"other" in held.out
         assert Ended(held.status, held.out.replace(b"other", b"same"), held.err) == plain
+
+
+# How often a function that is slow the first time was, and where: all of these can be rehearsed.
+WARMED = """
+import functools, os, sys
+@functools.cache
+def slow():
+    return os.getpid()
+"""
+IN_GUARD = """
+if __name__ == "__main__":
+    x = 1
+    here = 2
+    x += here
+    USE
+print(x)
+"""
+IN_ELSE = """
+if os.name == "nt":
+    x = 1
+else:
+    here = 2
+    USE
+    x = here
+print(x)
+"""
+IN_FUNCTION = """
+def main(a, *more, key=3, **others):
+    b = a + 1
+    global c
+    c = 5
+    def inner(n): return n + b
+    print("here")
+    USE
+    c += b
+    d = [inner(n) for n in range(b)]
+    print(a, more, key, others, b, c, d)
+    return d
+print(main(1, 2, 3, x=4))
+"""
+CALLED = """
+import pocketd
+def main(a):
+    b = a + 1
+    if a:
+        pocketd.checkpoint()
+        USE
+        b += 1
+    print(a, b, sys.argv[1:])
+main(1)
+"""
+IN_METHOD = """
+import pocketd
+class App:
+    __own = 1
+    def __init__(self): self.__n = 2
+    def run(self, a):
+        pocketd.checkpoint()
+        USE
+        print(self.__own, self.__n, a, sys.argv[1:])
+App().run(1)
+"""
+IN_PLACES = {
+    "in the guard": (IN_GUARD, "here ="),
+    "in an else": (IN_ELSE, "app.py:10"),
+    "in the midst of a function": (IN_FUNCTION, "app.py:12"),
+    "in a function, called": (CALLED, "pocketd.checkpoint()"),
+    "in a method, called": (IN_METHOD, "pocketd.checkpoint()"),
+}
+
+
+@pytest.mark.parametrize("where", IN_PLACES)
+def test_where_the_rest_can_be_rehearsed(hold, where):
+    source, checkpoint = IN_PLACES[where]
+    source = source.replace("USE", "used = slow()")
+    pocket = hold(
+        WARMED + source + "if sys.argv[1:] == ['a']: sys.stderr.write(f'{slow() == os.getpid()}\\n')\n",
+        checkpoint,
+        rehearse=["s"],
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    plain, held = pocket.plain("a"), pocket.from_held("a")
+    assert (held.status, held.out) == (plain.status, plain.out)
+    assert (plain.err, held.err) == (b"True\n", b"False\n")
+
+
+CANNOT = {
+    "a loop": ("for n in range(2):\n    x = n\n    print(n)\n", "app.py:2"),
+    "with": ("import contextlib\nwith contextlib.suppress(KeyError):\n    print(1)\n", "app.py:3"),
+    "a generator": ("def f():\n    yield 1\n    yield 2\nprint(list(f()))\n", "app.py:3"),
+    "a closure": ("def f():\n    x = 1\n    def g():\n        print(x)\n    g()\nf()\n", "app.py:4"),
+    "a comprehension": ("import pocketd\nprint([pocketd.checkpoint() for n in range(2)])\n", "pocketd.checkpoint()"),
+}
+
+
+@pytest.mark.parametrize("where", CANNOT)
+def test_where_it_cannot_it_is_held_without(hold, where):
+    source, checkpoint = CANNOT[where]
+    pocket = hold(source, checkpoint, rehearse=[])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "rehearsed" in facts["not_rehearsed"]
+    pocket.same()
 
 
 def test_a_program_that_is_held_nowhere_is_as_it_is(hold):
@@ -203,7 +307,8 @@ def test_a_program_that_blocks_before_its_checkpoint_is_shown_where(hold, hurrie
 
 def test_one_that_does_not_even_answer_is_ended(hold, hurried):
     """What it has written is shown, and not what is in buffers of its own."""
-    source = "import os, signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nos.write(2, b'written')\nprint('kept')\ntime.sleep(1000)\nhere = None\n"
+    block = "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"
+    source = f"import os, signal, time\n{block}\nos.write(2, b'written')\ntime.sleep(1000)\nhere = None\n"
     said = hold(source, "here =").refused()
     assert "it was not held after 3 s, and was ended" in said and "written" in said, said
 

@@ -1,0 +1,110 @@
+"""What follows a checkpoint, as code that can be run a second time: for a rehearsal, in the held process.
+
+That is the rest of the top level, or of a function; blocks of `if` that the checkpoint is in go on with what comes
+after them. A loop, `with` and `try` have a state that no second run could have, and so have closures and generators.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+import warnings
+from typing import Any, Callable, List, NamedTuple, Optional
+
+Body = List[ast.stmt]
+_NOT_A_SECOND_TIME = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+)
+
+
+class CannotRepeat(Exception):
+    """What follows cannot be run a second time; the text says what could."""
+
+
+class Found(NamedTuple):
+    """Where a checkpoint is: the statements after it, and the function and class that these are of."""
+
+    rest: Body
+    function: Optional[ast.FunctionDef] = None
+    of: Optional[ast.ClassDef] = None
+
+
+def find(tree: ast.Module, is_it: Callable[[ast.stmt], bool]) -> Optional[Found]:
+    """What is executed after the statement for which `is_it` holds, where that can be told from the text."""
+    return _after(tree.body, is_it, None, None)
+
+
+def _after(
+    body: Body,
+    is_it: Callable[[ast.stmt], bool],
+    function: Optional[ast.FunctionDef],
+    of: Optional[ast.ClassDef],
+) -> Optional[Found]:
+    for i, statement in enumerate(body):
+        if is_it(statement):
+            return Found(body[i + 1 :], function, of)
+        if isinstance(statement, ast.If):
+            for block in (statement.body, statement.orelse):
+                found = _after(block, is_it, function, of)
+                if found:
+                    return Found([*found.rest, *body[i + 1 :]], *found[1:])
+        elif isinstance(statement, ast.FunctionDef) and function is None:
+            found = _after(statement.body, is_it, statement, of)
+            if found:
+                return found
+        elif isinstance(statement, ast.ClassDef) and function is None and of is None:
+            found = _after(statement.body, is_it, None, statement)
+            if found and found.function:
+                return found
+    return None
+
+
+def code(body: Body, path: str, flags: int) -> Any:
+    """The code object of statements that a program has been compiled of already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there were some already, of the same lines
+        return compile(ast.Module(body, []), path, "exec", flags, dont_inherit=True)
+
+
+def of_frame(found: Optional[Found], frame: Any, flags: int) -> Callable[[], object]:
+    """What follows, with the names that `frame`, which stands at the checkpoint, has now. Raises CannotRepeat."""
+    running = frame.f_code
+    top = found is not None and found.function is None
+    if not found or top is not (running.co_name == "<module>"):
+        raise CannotRepeat(
+            "only what follows a statement of the top level or of a function, not within a loop, with or try, can be "
+            "rehearsed"
+        )
+    if running.co_freevars or running.co_flags & _NOT_A_SECOND_TIME:
+        raise CannotRepeat("what follows in a generator, or in a function with names of another one, is not rehearsed")
+    if not found.function:
+        rest = found.rest
+        while rest and isinstance(rest[0], ast.Expr) and isinstance(rest[0].value, ast.Constant):
+            rest = rest[1:]  # it would become the docstring
+        whole = code(rest, running.co_filename, flags)
+        return lambda: exec(whole, frame.f_globals)
+    known = dict(frame.f_locals)
+    made = _function(found, list(known), running.co_filename, flags, frame.f_globals)
+    return lambda: made(**known)
+
+
+def _function(found: Found, names: List[str], path: str, flags: int, namespace: Any) -> Callable[..., object]:
+    """A function of the rest of one, with all that is bound by now as its parameters."""
+    assert found.function
+    made = ast.parse("def f(): pass").body[0]
+    assert isinstance(made, ast.FunctionDef)
+    made.name = found.function.name
+    made.args.args = [ast.arg(name) for name in names]
+    said = [node for node in ast.walk(found.function) if isinstance(node, ast.Global)]
+    made.body = [*said, *found.rest, ast.Pass()]
+    outer: ast.stmt = made
+    if found.of:  # names of its class's own (__name) are what they were
+        outer = ast.parse("class C: pass").body[0]
+        assert isinstance(outer, ast.ClassDef)
+        outer.name, outer.body = found.of.name, [made]
+    ast.fix_missing_locations(outer)
+    own: Any = {"__name__": namespace.get("__name__")}
+    exec(code([outer], path, flags), own)
+    function = vars(own[found.of.name])[made.name] if found.of else own[made.name]
+    return types.FunctionType(function.__code__, namespace, made.name)
