@@ -107,13 +107,14 @@ def _send(sock: socket.socket, parts: list[bytes], fds: list[int], flags: int) -
 # As plain numbers: an operation on socket.MsgFlag costs as much as the system call.
 _NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED, _CONTROL_TRUNCATED = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
+_EITHER = _TRUNCATED | _CONTROL_TRUNCATED
 _CONTROL = socket.CMSG_SPACE(MAX_FDS * 4)
 # Nothing can be added to an Fds, so one without descriptors serves all messages that carry none.
-_NONE = Fds()
+NONE = Fds()
 
 
 def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple[bytes, Fds]:
-    """Receive one message: its body, of at most `limit` bytes, and its descriptors.
+    """Receive one message: its body, of at most `limit` bytes, and its descriptors; NONE itself where it has none.
 
     Raises EOFError when the peer has closed, MessageError for what is not a message, OSError.
     """
@@ -123,8 +124,8 @@ def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple
         # A peer that closed without having read all makes this error come once, ahead of what it had sent before
         # (unix(7) is silent; __skb_try_recv_datagram looks at sk_err first). Its last words matter most.
         data, ancillary, got, _ = sock.recvmsg(MAX_INLINE + 1, _CONTROL, flags | _CLOEXEC)
-    if not ancillary and not got & (_TRUNCATED | _CONTROL_TRUNCATED) and data[:1] == _INLINE and len(data) <= limit:
-        return data[1:], _NONE
+    if data and data[0] == 0 and not ancillary and not got & _EITHER and len(data) <= limit:
+        return data[1:], NONE
     fds = Fds(fd for level, kind, block in ancillary for fd in _descriptors(level, kind, block))
     try:
         if got & _CONTROL_TRUNCATED and len(fds) < MAX_FDS:
@@ -138,11 +139,11 @@ def receive(sock: socket.socket, flags: int = 0, limit: int = MAX_BODY) -> tuple
         if data[:1] == _INLINE and len(data) > limit + 1:
             raise MessageError(f"a message of {len(data) - 1} bytes; at most {limit} are accepted")
         if data[:1] == _INLINE:
-            return data[1:], fds
+            return data[1:], fds if len(fds) else NONE
         if data != _MEMFD or not len(fds):
             raise MessageError("a datagram that is neither a body nor a body in a memfd")
         *others, last = fds.rest()
-        fds = Fds(others)
+        fds = Fds(others) if others else NONE
         try:
             return memory.read_sealed(last, limit), fds
         finally:

@@ -7,7 +7,7 @@ Nothing is pickled. `Format` belongs to one session; its owner says what a tenso
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import msgpack
 
@@ -35,7 +35,7 @@ class Format:
         self._resolve = resolve
         self._packer = msgpack.Packer(default=self._default, use_bin_type=True, strict_types=True)
         self._depth = 0
-        self._faults: List[wire.Error] = []
+        self.faults: List[wire.Error] = []  # what was wrong with handles of the last message
 
     def pack(self, message: Dict[str, Any]) -> bytes:
         """The message's bytes. Raises wire.Error("bad-value") for what cannot travel."""
@@ -53,21 +53,18 @@ class Format:
     def unpack(self, body: bytes) -> Dict[str, Any]:
         """The message in `body`. Raises MessageError when it is none.
 
-        A handle that cannot be used does not spoil the message: it is None there, and `fault()` then gives its error.
+        A handle that cannot be used does not spoil the message: it is None there, and `faults` has its error.
         """
         self._depth = 0
-        self._faults.clear()
+        if self.faults:
+            self.faults = []
         try:
-            message = msgpack.unpackb(body, raw=False, strict_map_key=False, ext_hook=self._hook)
+            message = msgpack.unpackb(body, strict_map_key=False, ext_hook=self._hook)
         except Exception as e:  # ValueError, TypeError (unhashable keys), msgpack's own
             raise MessageError(f"not msgpack: {type(e).__name__}: {str(e)[:100]}") from None
         if type(message) is not dict or message.get("v") not in _SPOKEN:
             raise MessageError("not a message of this version of the protocol")
         return message
-
-    def fault(self) -> Optional[wire.Error]:
-        """What was wrong with a handle of the last message, or None."""
-        return self._faults[0] if self._faults else None
 
     def _default(self, value: Any) -> Any:
         if isinstance(value, _KNOWN):
@@ -99,7 +96,7 @@ class Format:
             try:
                 return self._resolve(data)
             except wire.Error as e:
-                self._faults.append(e)
+                self.faults.append(e)
                 return None
         if code != TUPLE:
             raise ValueError(f"an extension of unknown code {code}")

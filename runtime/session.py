@@ -97,7 +97,7 @@ class Session:
             )
             while True:
                 body, fds = self._receive()
-                if len(fds):
+                if fds is not messages.NONE:
                     with fds:
                         self._receive_fds(self._format.unpack(body), fds)
                     continue
@@ -174,11 +174,11 @@ class Session:
 
     def _answer(self, id: int, message: wire.Message) -> bytes:
         """Do what is asked; the packed reply. Whatever goes wrong in a call is a reply too."""
-        self._exported.clear()
+        if self._exported:
+            self._exported = []
         try:
-            fault = self._format.fault()
-            if fault:
-                raise fault
+            if self._format.faults:
+                raise self._format.faults[0]
             self._current = id
             if id in self._cancelled:
                 raise Cancel

@@ -72,7 +72,7 @@ class Core:
             raise errors.SessionClosed(
                 "this session belongs to the process that this one was forked from; log in again"
             )
-        frees = self._collect()
+        frees = self._collect() if self._freed else []
         self._last = id = self._last + 1
         message = {"v": wire.OLDEST, "op": op, "id": id, **fields}
         if frees:
@@ -144,14 +144,15 @@ class Core:
         try:
             message = self._format.unpack(body)
             id = message.get("id")
-            if id in self._calls and not len(fds):
+            if id in self._calls and fds is messages.NONE:
                 return self._finish(id, message)
             self._notice(message, fds)
             return None
         except MessageError as e:
             raise errors.ProtocolError(f"the worker sent what is no message: {e}") from None
         finally:
-            fds.close()
+            if fds is not messages.NONE:
+                fds.close()
 
     def _notice(self, message: Dict[str, Any], fds: Fds) -> None:
         """A message that is no reply."""
@@ -170,13 +171,14 @@ class Core:
 
     def _finish(self, id: int, message: Dict[str, Any]) -> Optional[Reply]:
         del self._calls[id]
-        fault = self._format.fault()
-        for dropped in message.get("drop", ()):
-            self._theirs.drop(dropped)
+        faults = self._format.faults
+        if "drop" in message:
+            for dropped in message["drop"]:
+                self._theirs.drop(dropped)
         if self._abandoned and self._abandoned.pop(id, False):
             return None  # its tensors, if any, die with `message`
-        if fault:
-            raise errors.ProtocolError(f"the worker's reply names a tensor that cannot be used: {fault.message}")
+        if faults:
+            raise errors.ProtocolError(f"the worker's reply names a tensor that cannot be used: {faults[0].message}")
         if "error" in message:
             return id, None, errors.of(wire.Error.unwire(message["error"]))
         return id, message.get("value"), None

@@ -7,6 +7,7 @@ import math
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -24,6 +25,8 @@ from pocketd.client.tensor import Tensor
 
 # After the session's socket has ended, init reports the worker's end at once; this is for an init that died too.
 REPORT = 5.0
+# For so long a reply alone is waited for, which is a system call less than to wait for whatever else may happen too.
+SOON = struct.pack("ll", 0, 20_000)  # struct timeval: SO_RCVTIMEO, socket(7)
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
 
@@ -100,6 +103,7 @@ class Session:
         self._woken, self._waker = os.pipe()
         for fd in (self._cancel, self._waker, self._woken):
             os.set_blocking(fd, False)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SOON)
         self._poll = select.poll()
         for source in (self._sock, self._hold, self._woken):
             self._poll.register(source, select.POLLIN)
@@ -187,7 +191,7 @@ class Session:
         if timeout is None:
             timeout = self.call_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+        if not self._lock.acquire(True, -1 if timeout is None else timeout):
             raise errors.Timeout(f"another thread's call took the {timeout:g} s of this one")
         try:
             if self._over is not None:
@@ -246,14 +250,15 @@ class Session:
 
     def _receive(self, deadline: Optional[float], late: str) -> Optional[Reply]:
         """One message, or errors: Timeout, Cancelled, WorkerDied, ProtocolError."""
-        ready = self._poll.poll(None if deadline is None else _milliseconds(deadline))
-        if not ready:
-            raise errors.Timeout(late)
-        if ready[0][0] != self._fd:
-            if any(fd == self._woken for fd, _ in ready):
-                os.read(self._woken, 4096)
-                raise errors.Cancelled("the call was cancelled")
-            raise self._died()
+        if deadline is None:
+            try:
+                return self._take()
+            except BlockingIOError:  # not SOON
+                pass
+        self._wait(deadline, late)
+        return self._take()
+
+    def _take(self) -> Optional[Reply]:
         try:
             return self._core.feed(*messages.receive(self._sock))
         except (EOFError, ConnectionError):
@@ -262,6 +267,17 @@ class Session:
             raise self._fail(errors.ProtocolError(f"the worker sent what is no message: {e}")) from None
         except errors.PocketError as e:
             raise self._fail(e) from None
+
+    def _wait(self, deadline: Optional[float], late: str) -> None:
+        """Until there is something to receive, or an error."""
+        ready = self._poll.poll(None if deadline is None else _milliseconds(deadline))
+        if not ready:
+            raise errors.Timeout(late)
+        if ready[0][0] != self._fd:
+            if any(fd == self._woken for fd, _ in ready):
+                os.read(self._woken, 4096)
+                raise errors.Cancelled("the call was cancelled")
+            raise self._died()
 
     def _last_words(self) -> errors.PocketError:
         """Why the worker ended, by what it had still said, or else by what its init reports."""

@@ -210,7 +210,7 @@ def check_values(data: bytes) -> None:
         message = _FORMAT.unpack(data)
     except MessageError:
         return
-    fault = _FORMAT.fault()
+    fault = _FORMAT.faults[0] if _FORMAT.faults else None
     assert fault is None or isinstance(fault, wire.Error)
     try:
         _FORMAT.pack(message)
