@@ -96,7 +96,14 @@ class Session:
                 self._sock, {"op": "ready", "runtime": self._runtime.__name__.rpartition(".")[2], "models": described}
             )
             while True:
-                body, fds = self._receive()
+                try:
+                    body, fds = messages.receive(self._sock)
+                except BlockingIOError:  # SO_RCVTIMEO, socket(7): it costs a busy session nothing
+                    memory.trim()  # what the last call left in the allocator goes back, when none comes for a while
+                    self._wait_for(_FOREVER)
+                    continue
+                if self._resting:
+                    self._wait_for(_IDLE)
                 if fds is not messages.NONE:
                     with fds:
                         self._receive_fds(self._format.unpack(body), fds)
@@ -109,19 +116,6 @@ class Session:
                 failed = {"op": "failed", "error": Error("protocol", f"the client broke the protocol: {e}").wire()}
                 wire.send(self._sock, failed, flags=socket.MSG_DONTWAIT)
             return PROTOCOL
-
-    def _receive(self) -> Tuple[bytes, Fds]:
-        """The next message. When none has come for a while, what the last call left in the allocator goes back."""
-        while True:
-            try:
-                received = messages.receive(self._sock)
-            except BlockingIOError:  # SO_RCVTIMEO, socket(7): it costs a busy session nothing
-                memory.trim()
-                self._wait_for(_FOREVER)
-                continue
-            if self._resting:
-                self._wait_for(_IDLE)
-            return received
 
     def _wait_for(self, limit: bytes) -> None:
         self._resting = limit == _FOREVER

@@ -132,7 +132,7 @@ class Session:
 
     async def load(self, path: str, timeout: Optional[float] = None) -> Model:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
-        return Model(self, await self._request("load", timeout, path=path))
+        return Model(self, await self._request({"op": "load", "path": path}, timeout))
 
     def tensor(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
         """A new tensor in shared memory, 64-byte aligned, its contents undefined. Raises BadTensor."""
@@ -140,7 +140,7 @@ class Session:
 
     async def call(self, target: str, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
         """Call "module:function" of the pocket's own code in the worker; see the blocking form."""
-        return await self._request("call", timeout, target=target, args=list(args), kwargs=kwargs)
+        return await self._request({"op": "call", "target": target, "args": list(args), "kwargs": kwargs}, timeout)
 
     def close(self) -> None:
         """End the session and its worker. Calls still in flight get SessionClosed."""
@@ -170,13 +170,15 @@ class Session:
 
     def invoke(self, model: Any, method: Optional[str], args: Any, kwargs: Any, timeout: Optional[float]) -> Any:
         """Run a model; `Model` calls it."""
-        return self._request("model", timeout, model=model, method=method, args=list(args), kwargs=kwargs)
+        return self._request(
+            {"op": "model", "model": model, "method": method, "args": list(args), "kwargs": kwargs}, timeout
+        )
 
-    async def _request(self, op: str, timeout: Optional[float], **fields: Any) -> Any:
+    async def _request(self, message: Dict[str, Any], timeout: Optional[float]) -> Any:
         if self._over is not None:
             raise self._over
         timeout = self.call_timeout if timeout is None else timeout
-        id, outgoing = self._core.request(op, **fields)
+        id, outgoing = self._core.request(message)
         waiting: asyncio.Future[Any] = self._loop.create_future()
         self._waiting[id] = waiting
         self._send(outgoing)

@@ -66,15 +66,17 @@ class Core:
 
     # Sending
 
-    def request(self, op: str, **fields: Any) -> Tuple[int, List[Outgoing]]:
-        """A numbered request: its number, and the messages to send in order. Raises errors.PocketError."""
+    def request(self, message: Dict[str, Any]) -> Tuple[int, List[Outgoing]]:
+        """Number a request, which this takes over: its number, and the messages to send in order. Raises
+        errors.PocketError."""
         if os.getpid() != self.pid:
             raise errors.SessionClosed(
                 "this session belongs to the process that this one was forked from; log in again"
             )
         frees = self._collect() if self._freed else []
         self._last = id = self._last + 1
-        message = {"v": wire.OLDEST, "op": op, "id": id, **fields}
+        message["v"] = wire.OLDEST
+        message["id"] = id
         if frees:
             message["free"] = frees
         if self._heap.dropped:

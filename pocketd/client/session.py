@@ -122,7 +122,7 @@ class Session:
 
     def load(self, path: str, timeout: Optional[float] = None) -> Model:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
-        return Model(self, self._request("load", timeout, path=path))
+        return Model(self, self._request({"op": "load", "path": path}, timeout))
 
     def tensor(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
         """A new tensor in shared memory, 64-byte aligned, its contents undefined. Raises BadTensor."""
@@ -135,7 +135,7 @@ class Session:
         Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors.
         Raises RemoteError for an exception there, Timeout, Cancelled, BadTensor, BadValue, WorkerDied.
         """
-        return self._request("call", timeout, target=target, args=list(args), kwargs=kwargs)
+        return self._request({"op": "call", "target": target, "args": list(args), "kwargs": kwargs}, timeout)
 
     def cancel(self) -> None:
         """Cancel the call in progress, from another thread than the one that waits for it, which gets Cancelled."""
@@ -185,9 +185,10 @@ class Session:
 
     def invoke(self, model: Any, method: Optional[str], args: Any, kwargs: Any, timeout: Optional[float]) -> Any:
         """Run a model; `Model` calls it."""
-        return self._request("model", timeout, model=model, method=method, args=list(args), kwargs=kwargs)
+        message = {"op": "model", "model": model, "method": method, "args": list(args), "kwargs": kwargs}
+        return self._request(message, timeout)
 
-    def _request(self, op: str, timeout: Optional[float], **fields: Any) -> Any:
+    def _request(self, message: Dict[str, Any], timeout: Optional[float]) -> Any:
         if timeout is None:
             timeout = self.call_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -198,7 +199,7 @@ class Session:
                 raise self._over
             if self._current is not None:
                 raise errors.PocketError("this thread is in the middle of a call of this session", "busy")
-            id, outgoing = self._core.request(op, **fields)
+            id, outgoing = self._core.request(message)
             self._current = id
             late = "" if timeout is None else f"no reply within {timeout:g} s"
             try:
@@ -222,6 +223,12 @@ class Session:
     def _send(self, outgoing: Sequence[Outgoing], deadline: Optional[float], late: str) -> None:
         """Send these after what an earlier call could not; what does not fit in time is left to the next call."""
         unsent = self._unsent
+        if not unsent and len(outgoing) == 1:
+            try:
+                messages.send(self._sock, outgoing[0][0], (), _DONTWAIT)
+                return
+            except OSError:
+                pass  # it is told below, or fits in then
         unsent.extend(outgoing)
         while unsent:
             body, fd = unsent[0]
