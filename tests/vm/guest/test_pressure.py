@@ -86,6 +86,16 @@ service = "plain"
 [pocket.kept]
 service = "plain"
 warm = 1
+
+[pocket.older]
+service = "plain"
+preload = ["app"]
+warm = 1
+
+[pocket.newer]
+service = "plain"
+preload = ["app"]
+warm = 1
 """
 
 
@@ -302,24 +312,55 @@ def test_what_a_pocket_was_promised_is_not_available_to_others():
         assert "a worker needs about 65536M" in refused("first").message  # more than this host could promise
 
 
-def test_a_host_that_stalls_for_memory_keeps_launches_waiting(swap):
-    """By a process that lives in half of the memory that it uses."""
+@contextmanager
+def stalling() -> Iterator[subprocess.Popen[bytes]]:
+    """By a process, no pocket's, that lives in a third of the memory that it uses."""
     place = CGROUPS / "hog"
     place.mkdir()
     code = "b = bytearray(120 << 20)\nwhile True:\n  for n in range(0, len(b), 4096): b[n] = 1"
     (place / "memory.max").write_text(str(40 << 20))
     hog = subprocess.Popen(["sh", "-c", f"echo 0 >{place}/cgroup.procs; exec python3 -c '{code}'"])
     try:
-        with rules(wait=600, pressure=5):
-            assert wait_for(lambda: hog.poll() is not None or full("avg10") > 5)
-            launch = Launch()
-            assert launch.waits("this host stalls for memory")
-            hog.kill()
-            assert launch.works()
+        yield hog
     finally:
         hog.kill()
         hog.wait()
         place.rmdir()
+
+
+def test_a_host_that_stalls_for_memory_keeps_launches_waiting(swap):
+    with stalling() as hog, rules(wait=600, pressure=5):
+        assert wait_for(lambda: hog.poll() is not None or full("avg10") > 5)
+        launch = Launch()
+        assert launch.waits("this host stalls for memory")
+        hog.kill()
+        assert launch.works()
+
+
+def test_slots_give_way_and_then_templates_the_least_used_first(swap):
+    """Launches meanwhile go the long way; when it is over, all is made again that is wanted."""
+    for name in ("newer", "older"):
+        assert wait_for(lambda name=name: pocket("warm", name) and slots(name) == 1)
+    with login("newer", timeout=TIMEOUT) as session:  # it was made first, and is used last
+        assert session.call("app:nothing") is None
+    assert wait_for(lambda: slots("newer") == 1)
+    before = len(journal())
+    with stalling(), rules(wait=600, pressure=100):
+        assert wait_for(lambda: len(given_up(before)) == 2)
+        assert (slots("older"), slots("newer")) == (0, 0)
+        assert Launch("older").works()
+    said = journal()[before:]
+    assert given_up(before) == ["older", "newer"]
+    assert said.index("slots-gave-way") < said.index("pocket-given-up")
+    assert "this host stalls for memory" in said
+    for name in ("older", "newer"):
+        assert wait_for(lambda name=name: pocket("warm", name) and slots(name) == 1)
+        pocket("cool", name)
+
+
+def given_up(since: int) -> list[str]:
+    """The pockets whose templates gave way, in their order."""
+    return re.findall(r"pocket-given-up .*\bpocket=(\S+) why=\"?this host", journal()[since:])
 
 
 def test_a_pocket_that_stalls_at_its_own_limit_costs_no_other_what_it_has(swap):
