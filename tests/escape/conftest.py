@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, TIMEOUT, Pocketd, bare_environment, service_environment, toml_table
+from tests.escape import kinds
 from tests.escape.attempt import NAMESPACES, UID, Attempt, Inside, outcome
 
 PROGRAM = "tests.escape.inside.program"
@@ -133,11 +134,11 @@ def enter(daemon: Pocketd, place: Path) -> Callable[..., Inside]:
 class Kept:
     """Processes that many tests use, started when first asked for, and again after one that did not live."""
 
-    def __init__(self, start: Callable[[str], Inside]):
+    def __init__(self, start: Callable[[str], Any]):
         self._start = start
-        self._running: dict[str, Inside] = {}
+        self._running: dict[str, Any] = {}
 
-    def __call__(self, kind: str) -> Inside:
+    def __call__(self, kind: str) -> Any:
         found = self._running.get(kind)
         if found is None or not found.alive:
             found = self._running[kind] = self._start(kind)
@@ -154,6 +155,20 @@ def pockets(enter: Callable[..., Inside]) -> Iterator[Kept]:
     kept = Kept(enter)
     yield kept
     kept.close()
+
+
+@pytest.fixture(scope="session")
+def prisoners(daemon: Pocketd, enter: Callable[..., Inside], place: Path) -> Iterator[Kept]:
+    """`prisoners(kind)`: a process of that kind, which makes attempts."""
+    kept = Kept(lambda kind: kinds.start(kind, daemon, enter, place, PROGRAM))
+    yield kept
+    kept.close()
+
+
+@pytest.fixture(params=kinds.KINDS)
+def prisoner(request: pytest.FixtureRequest, prisoners: Kept) -> Any:
+    """A process of each kind in its turn."""
+    return prisoners(request.param)
 
 
 def control_command(kind: str, python: str) -> list[str]:

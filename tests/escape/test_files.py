@@ -37,30 +37,30 @@ WAYS = {
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("way", WAYS)
-def test_no_way_up_leads_to_the_hosts_files(pockets, controls, marker, way, thread):
+def test_no_way_up_leads_to_the_hosts_files(prisoner, controls, marker, way, thread):
     name, given = WAYS[way]
     given = {**given, "marker": marker}
     assert controls("user").attempt(f"files.{name}", **given) == {"value": True}
-    assert outcome(pockets("prisoner").attempt(f"files.{name}", thread, **given)) == "ENOENT"
+    assert outcome(prisoner.attempt(f"files.{name}", thread, **given)) == "ENOENT"
 
 
 # linux/openat2.h: none, NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("resolve", [0, 0x01, 0x02, 0x04])
-def test_openat2_is_not_there(pockets, controls, marker, resolve, thread):
+def test_openat2_is_not_there(prisoner, controls, marker, resolve, thread):
     given = {"marker": marker, "resolve": resolve}
     assert controls("user").attempt("files.openat2", **given) == {"value": True}
-    assert outcome(pockets("prisoner").attempt("files.openat2", thread, **given)) == "ENOSYS"
+    assert outcome(prisoner.attempt("files.openat2", thread, **given)) == "ENOSYS"
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_a_neighbours_file_has_no_name(pockets, controls, place, thread):
+def test_a_neighbours_file_has_no_name(pockets, prisoner, controls, place, thread):
     pockets("neighbour")
     path = place / "neighbour/secret"
     path.write_text("secret")
     path.chmod(0o644)
     assert controls("user").attempt("files.read", path=str(path)) == {"value": "secr"}
-    assert outcome(pockets("prisoner").attempt("files.read", thread, path=str(path))) == "ENOENT"
+    assert outcome(prisoner.attempt("files.read", thread, path=str(path))) == "ENOENT"
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY | os.O_DIRECTORY, os.O_PATH])
@@ -184,10 +184,10 @@ def of_the_service(place):
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("what", ["our own code", "its python", "a preloaded module", "/etc", "its own executable"])
-def test_the_services_files_cannot_be_written(pockets, controls, place, plain_file, what, thread):
+def test_the_services_files_cannot_be_written(prisoner, controls, place, plain_file, what, thread):
     path = of_the_service(place)[what]
     assert controls("user").attempt("files.open_to_write", path=str(plain_file)) == {"value": True}
-    assert outcome(pockets("prisoner").attempt("files.open_to_write", thread, path=path)) in (
+    assert outcome(prisoner.attempt("files.open_to_write", thread, path=path)) in (
         "EACCES",
         "EROFS",
         "ETXTBSY",
@@ -196,34 +196,34 @@ def test_the_services_files_cannot_be_written(pockets, controls, place, plain_fi
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("directory", ["/", "/usr", "/etc", "/run/pocketd/lib", "/dev", "/sys", "/home", "/var/tmp"])
-def test_the_services_directories_take_no_file(pockets, controls, plain_file, directory, thread):
+def test_the_services_directories_take_no_file(prisoner, controls, plain_file, directory, thread):
     assert controls("user").attempt("files.create_in", path=str(plain_file.parent)) == {"value": True}
-    found = outcome(pockets("prisoner").attempt("files.create_in", thread, path=directory))
+    found = outcome(prisoner.attempt("files.create_in", thread, path=directory))
     assert found in ("EACCES", "EROFS"), found
 
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("how", ["mmap", "mprotect", "mremap", "/proc/self/mem"])
-def test_shared_mappings_of_the_services_files_stay_read_only(pockets, controls, place, plain_file, how, thread):
+def test_shared_mappings_of_the_services_files_stay_read_only(prisoner, controls, place, plain_file, how, thread):
     assert controls("user").attempt("files.write_mapping", path=str(plain_file), how=how) == {"value": True}
     for path in of_the_service(place).values():
-        found = outcome(pockets("prisoner").attempt("files.write_mapping", thread, path=path, how=how))
+        found = outcome(prisoner.attempt("files.write_mapping", thread, path=path, how=how))
         assert found in ("EACCES", "EIO", "EPERM"), (path, found)
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_sockets_and_logs_of_pocketd_have_no_name(daemon, pockets, controls, thread):
+def test_sockets_and_logs_of_pocketd_have_no_name(daemon, prisoner, controls, thread):
     """They are there for root outside, which shows that the paths are right."""
     service = next((daemon.runtime_dir / "services").iterdir())
     for path in (daemon.runtime_dir / "pocketd.sock", service / "init.sock"):
         assert path.is_socket()
-        found = outcome(pockets("prisoner").attempt("files.connect", thread, path=str(path)))
+        found = outcome(prisoner.attempt("files.connect", thread, path=str(path)))
         assert found == "ENOENT"
     assert controls("host").attempt("files.connect", path=str(daemon.runtime_dir / "pocketd.sock")) == {"value": True}
     logs = [p for p in daemon.place.rglob("*.log") if p.name != "pocketd.log"]
     assert logs
     for path in (*logs, daemon.config):
-        found = outcome(pockets("prisoner").attempt("files.read", thread, path=str(path)))
+        found = outcome(prisoner.attempt("files.read", thread, path=str(path)))
         assert found == "ENOENT"
         assert path.exists() and "errno" not in controls("host").attempt("files.read", path=str(path))
 

@@ -14,26 +14,17 @@ import pytest
 from nsutil import namespaces as n
 from tests.conftest import TIMEOUT, wait_for
 from tests.escape.attempt import Attempt, Inside, each, outcome
+from tests.escape.kinds import HELD
 from tests.escape.test_calls import FILTERED, ROOTS, SPACES
 from tests.escape.test_files import KERNELS
 from tests.escape.test_processes import ON_PID_1, RANK
 from tests.escape.test_talking import NETWORK
 
-APP = """
-from tests.escape.inside import program
-
-def main():
-    program.main()
-
-if __name__ == "__main__":
-    main()
-"""
-
 
 @pytest.fixture(scope="module")
 def held(daemon, enter, place):
     """A worker that came from the pocket's template, by pocketd's own word."""
-    (place / "held/app.py").write_text(APP)
+    (place / "held/app.py").write_text(HELD)
     compileall.compile_dir(place / "held", quiet=1)
     subprocess.run(daemon.command("warm", "held"), env=daemon.environment, check=True, timeout=TIMEOUT)
     mark = daemon.log.stat().st_size

@@ -49,6 +49,11 @@ def test_nothing_of_others_is_in_its_memory(others, enter, daemon, place, thread
 
 
 @pytest.mark.parametrize("thread", THREADS)
+def test_nor_in_that_of_any_kind(others, prisoner, thread):
+    assert prisoner.attempt("memory.count", thread, parts=PARTS) == {"value": 0}
+
+
+@pytest.mark.parametrize("thread", THREADS)
 def test_weights_that_it_changes_are_changed_for_itself_alone(daemon, enter, thread):
     """/proc/self/mem writes what a mapping's protection forbids: the pages are copied all the same."""
     writer, other = enter("weights"), enter("weights")

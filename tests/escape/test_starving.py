@@ -22,10 +22,10 @@ WAYS = [pytest.param(how, thread, id=f"{how} - {thread} thread") for how in _ACT
 
 
 @pytest.mark.parametrize("how, thread", WAYS)
-def test_init_templates_and_other_workers_keep_their_priority_and_limits(pockets, controls, strangers, how, thread):
+def test_init_templates_and_other_workers_keep_their_priority_and_limits(prisoner, controls, strangers, how, thread):
     """The control slows a process of its own down, which is what root would do to them."""
     assert controls("user").attempt("starving.slow_down", how=how, pids=[]) == {"value": [0]}
-    assert pockets("prisoner").attempt("starving.slow_down", thread, how=how, pids=strangers) == {"value": []}
+    assert prisoner.attempt("starving.slow_down", thread, how=how, pids=strangers) == {"value": []}
 
 
 @each({"PRIO_USER of root": Attempt("starving.slow_down_root", ("ESRCH", "EINVAL"), "root")})

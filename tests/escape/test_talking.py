@@ -19,39 +19,39 @@ IPC = ("shm", "msg", "sem", "/dev/shm")
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("kind", IPC)
-def test_ipc_objects_of_a_neighbour_are_not_there(pockets, controls, kind, thread):
+def test_ipc_objects_of_a_neighbour_are_not_there(pockets, prisoner, controls, kind, thread):
     for process in (pockets("neighbour"), controls("user")):
         process.make("talking.make_ipc")
     assert controls("user").attempt("talking.find_ipc", kind=kind) == {"value": True}
-    assert outcome(pockets("prisoner").attempt("talking.find_ipc", thread, kind=kind)) == "ENOENT"
+    assert outcome(prisoner.attempt("talking.find_ipc", thread, kind=kind)) == "ENOENT"
 
 
 @pytest.mark.parametrize("thread", THREADS)
-def test_a_posix_queue_of_a_neighbour_is_not_there(pockets, controls, thread):
+def test_a_posix_queue_of_a_neighbour_is_not_there(pockets, prisoner, controls, thread):
     for process in (controls("user"), pockets("neighbour")):
         process.make("talking.make_queue")
     assert controls("user").attempt("talking.find_ipc", kind="mq") == {"value": True}
-    assert outcome(pockets("prisoner").attempt("talking.find_ipc", thread, kind="mq")) == "ENOENT"
+    assert outcome(prisoner.attempt("talking.find_ipc", thread, kind="mq")) == "ENOENT"
 
 
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("kind", ["shm", "msg", "sem"])
-def test_nor_by_their_numbers(pockets, controls, kind, thread):
+def test_nor_by_their_numbers(pockets, prisoner, controls, kind, thread):
     theirs = pockets("neighbour").make("talking.make_ipc")[kind]
     own = controls("user").make("talking.make_ipc")[kind]
     assert controls("user").attempt("talking.use_ipc", kind=kind, number=own) == {"value": True}
-    assert outcome(pockets("prisoner").attempt("talking.use_ipc", thread, kind=kind, number=theirs)) == "EINVAL"
+    assert outcome(prisoner.attempt("talking.use_ipc", thread, kind=kind, number=theirs)) == "EINVAL"
 
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("thread", THREADS)
 @pytest.mark.parametrize("way", ["connect_abstract", "send_abstract"])
-def test_an_abstract_socket_of_a_neighbour_is_not_there(pockets, controls, way, thread):
-    name = f"escape-{way}-{thread}"
+def test_an_abstract_socket_of_a_neighbour_is_not_there(pockets, prisoner, controls, way, thread):
+    name = f"escape-{way}-{thread}-{prisoner.directory.name}"
     for process in (pockets("neighbour"), controls("user")):
         process.make("talking.listen_abstract", name=name)
     assert controls("user").attempt(f"talking.{way}", name=name) == {"value": True}
-    assert outcome(pockets("prisoner").attempt(f"talking.{way}", thread, name=name)) == "ECONNREFUSED"
+    assert outcome(prisoner.attempt(f"talking.{way}", thread, name=name)) == "ECONNREFUSED"
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +195,10 @@ def test_i386_system_calls(refused, attempt, thread):
 
 @pytest.mark.skipif(not X86_64, reason="other machines' system calls are x86's")
 @pytest.mark.parametrize("thread", THREADS)
-def test_x32_system_calls(pockets, controls, thread):
+def test_x32_system_calls(prisoner, controls, thread):
     """Few kernels know x32: where this one does not, there is no more than its own word that nothing got through."""
     from tests.escape.inside.kernel import NUMBERS
 
     assert outcome(controls("user").attempt("talking.by_x32", number=NUMBERS["getpid"])) in (True, "ENOSYS")
     for number in (NUMBERS["getpid"], 521, NUMBERS["unshare"]):  # 521: x32's own ptrace
-        assert outcome(pockets("prisoner").attempt("talking.by_x32", thread, number=number)) == "ENOSYS"
+        assert outcome(prisoner.attempt("talking.by_x32", thread, number=number)) == "ENOSYS"
