@@ -173,8 +173,8 @@ def at_once(run: Run) -> None:
             (PREDICT, [*every, pockets.client("mobilenet"), rpc_client(server, "mobilenet")], [1, 4, 10, 20], 20),
             (FUNCTION, two, [20], 20),
             (DETECT_OBJECTS, every, [1, 4, 10], 2),
-            (OBJECTS, [*two, pockets.client("yolov3"), rpc_client(server, "yolov3")], [1, 4, 10], 4),
-            (DETECT_FACES, [*every, pockets.client("faces")], [1, 4, 10], 4),
+            (OBJECTS, [*two, pockets.client("yolov3"), rpc_client(server, "yolov3")], [1, 4, 10, 20], 4),
+            (DETECT_FACES, [*every, pockets.client("faces")], [1, 4, 10, 20], 4),
         ]
         for app, ways_of_it, counts, warm in plan[:1] if run.quick else plan:
             say(f"{app.program}, many at once")

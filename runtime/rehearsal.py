@@ -396,7 +396,7 @@ def _ended(child: clone.Child, seconds: float) -> int:
         os.waitpid(child.pid, 0)
         raise Failed(
             f"the sample did not end within {seconds:.0f} s; name by rehearse_until when a rehearsal is over, "
-            "if it is not to end by itself"
+            "if it is not to end by itself (that is raised as a BaseException, which no `except` of a loop may keep)"
         )
     return os.waitpid(child.pid, 0)[1]
 
