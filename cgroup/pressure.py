@@ -28,7 +28,8 @@ def totals(text: str) -> dict[str, int]:
 
 
 class Trigger:
-    """Tells when work has waited for memory for `stall` out of `window` seconds: a descriptor that is readable then.
+    """Tells when work has waited for memory for `stall` out of `window` seconds: a descriptor that is readable then, once:
+    whoever polls it has been told, since the kernel takes the event back as it is looked at (psi_trigger_poll).
 
     `fd`: a memory.pressure file, of the host or a cgroup, open for reading and writing; the trigger takes it over and
     lives as long. Raises OSError where the kernel has no triggers (CONFIG_PSI), for windows outside 0.5 to 10 s, and,
@@ -48,10 +49,6 @@ class Trigger:
 
     def fileno(self) -> int:
         return self._epoll.fileno()
-
-    def happened(self) -> bool:
-        """Whether it has since it was last asked."""
-        return bool(self._epoll.poll(0))
 
     def close(self) -> None:
         if not self._epoll.closed:

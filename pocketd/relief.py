@@ -46,7 +46,7 @@ class Relief:
         loop = asyncio.get_running_loop()
         self.stalls.look()
         if trigger:
-            loop.add_reader(trigger.fileno(), self._felt, trigger)
+            loop.add_reader(trigger.fileno(), self._felt)
         try:
             while True:
                 await asyncio.sleep(_LOOK)
@@ -57,8 +57,8 @@ class Relief:
                 loop.remove_reader(trigger.fileno())
                 trigger.close()
 
-    def _felt(self, trigger: Trigger) -> None:
-        if trigger.happened() and not self.easing():
+    def _felt(self) -> None:
+        if not self.easing():
             own = self.stalls.own("some")
             self.ease("it stalls for memory at limits of its own" if own else "this host stalls for memory", own)
 

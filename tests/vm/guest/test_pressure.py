@@ -313,18 +313,20 @@ def test_what_a_pocket_was_promised_is_not_available_to_others():
 
 
 @contextmanager
-def stalling() -> Iterator[subprocess.Popen[bytes]]:
-    """By a process, no pocket's, that lives in a third of the memory that it uses."""
+def stalling(count: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+    """By processes, no pocket's, that live in a third of the memory that they use. Gives one."""
     place = CGROUPS / "hog"
     place.mkdir()
-    code = "b = bytearray(120 << 20)\nwhile True:\n  for n in range(0, len(b), 4096): b[n] = 1"
+    code = f"b = bytearray({120 // count} << 20)\nwhile True:\n  for n in range(0, len(b), 4096): b[n] = 1"
     (place / "memory.max").write_text(str(40 << 20))
-    hog = subprocess.Popen(["sh", "-c", f"echo 0 >{place}/cgroup.procs; exec python3 -c '{code}'"])
+    command = ["sh", "-c", f"echo 0 >{place}/cgroup.procs; exec python3 -c '{code}'"]
+    hogs = [subprocess.Popen(command) for _ in range(count)]
     try:
-        yield hog
+        yield hogs[0]
     finally:
-        hog.kill()
-        hog.wait()
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
         place.rmdir()
 
 
@@ -345,8 +347,10 @@ def test_slots_give_way_and_then_templates_the_least_used_first(swap):
         assert session.call("app:nothing") is None
     assert wait_for(lambda: slots("newer") == 1)
     before = len(journal())
-    with stalling(), rules(wait=600, pressure=100):
-        assert wait_for(lambda: len(given_up(before)) == 2)
+    with stalling(4), rules(wait=600, pressure=100):
+        assert wait_for(lambda: len(given_up(before)) == 2, 100), (
+            Path("/proc/pressure/memory").read_text() + journal()[before:][-3000:]
+        )
         assert (slots("older"), slots("newer")) == (0, 0)
         assert Launch("older").works()
     said = journal()[before:]
