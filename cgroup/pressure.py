@@ -28,8 +28,8 @@ def totals(text: str) -> dict[str, int]:
 
 
 class Trigger:
-    """Tells when work has waited for memory for `stall` out of `window` seconds: a descriptor that is readable then, once:
-    whoever polls it has been told, since the kernel takes the event back as it is looked at (psi_trigger_poll).
+    """Tells when work has waited for memory for `stall` out of `window` seconds: a descriptor that is readable then.
+    That is told once: the kernel takes the event back as it is looked at (psi_trigger_poll).
 
     `fd`: a memory.pressure file, of the host or a cgroup, open for reading and writing; the trigger takes it over and
     lives as long. Raises OSError where the kernel has no triggers (CONFIG_PSI), for windows outside 0.5 to 10 s, and,
