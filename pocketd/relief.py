@@ -1,4 +1,4 @@
-"""What was made ahead of time gives way: slots first, then pockets' templates, those least used first.
+"""What was made ahead of time gives way: slots first, then pockets' templates that no run has, the least used first.
 
 It is asked for by the kernel (pressure stall information), by a launch that finds no room (pocketd.admission), and by
 the configured budget. To pressure that a pocket makes at limits of its own (pocketd.stalls) nothing of others gives
@@ -79,7 +79,7 @@ class Relief:
         return sorted(found, key=lambda pair: pair[1].used)
 
     def ease(self, why: str, only: Collection[str] = ()) -> bool:
-        """One step: all slots that wait, or else one template; `only` those of some pockets, where any are named.
+        """One step: all slots that wait, or else a template without runs; `only` of some pockets, where any are named.
         Whether there was anything."""
         self._eased = time.monotonic()
         slots = 0
@@ -93,7 +93,9 @@ class Relief:
             events.emit("slots-gave-way", "notice", count=slots, why=why)
             return True
         for g, holder in self._holders():
-            if not only or holder.pocket in only:
+            # What one has in use its runs have too: its end would free little, and cost the next of them most.
+            in_use = any(s.note.get("held") == holder.number for s in g.sessions.values())
+            if not in_use and (not only or holder.pocket in only):
                 g.held.give_up(holder, why, _CALM)
                 return True
         return False

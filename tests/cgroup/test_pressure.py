@@ -27,7 +27,7 @@ def trigger():
 
 def test_it_is_told_each_time(trigger):
     async def heard(times: int) -> None:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[None]()
         loop.add_reader(trigger.fileno(), queue.put_nowait, None)
         try:
             async with asyncio.timeout(TIMEOUT):
