@@ -254,8 +254,8 @@ class Held:
         try:
             with ExitStack() as stack:
                 message, passed = self._orders(daemon, definition, plan, holder, trials, stack)
-                patience = daemon.config.held.timeout + REHEARSING * trials
-                reply, fds = await self._asked(g.init, passed, patience, message)
+                timeout = daemon.config.held.timeout
+                reply, fds = await self._asked(g.init, passed, timeout, REHEARSING * trials, message)
                 fds.close()
             if holder.stale:
                 raise Error("hold", holder.stale)
@@ -268,14 +268,19 @@ class Held:
         holder.facts["rehearsed"] = trials > 0
         return holder
 
-    async def _asked(self, init: Link, passed: list[int], patience: float, message: Message) -> tuple[Message, Fds]:
-        """Init's answer. A template that is overdue is asked where it is, and ended if it does not say."""
+    async def _asked(
+        self, init: Link, passed: list[int], timeout: float, rehearsing: float, message: Message
+    ) -> tuple[Message, Fds]:
+        """Init's answer. A template that is overdue, at its checkpoint or with its rehearsal, is asked where it is, and
+        ended if it does not say."""
+        patience = timeout + rehearsing
         late, loop = time.monotonic() + patience + GRACE, asyncio.get_running_loop()
 
         def say(op: str) -> None:
             self.generation.keep(init.send({"op": op, "template": message["template"]}))
 
-        timers = [loop.call_later(patience, say, "overdue"), loop.call_later(patience + GRACE, say, "retire")]
+        asking = [loop.call_later(seconds, say, "overdue") for seconds in {timeout, patience}]
+        timers = [*asking, loop.call_later(patience + GRACE, say, "retire")]
         try:
             return await init.call("hold", passed, timeout=patience + 4 * GRACE, **message)
         except Error as e:
@@ -315,11 +320,12 @@ class Held:
         files = shown.defined_files(daemon.identities, definition, holder.uid, stack)
         environment = {"HOME": holder.homes[0] if holder.homes else "/", **_own_environment(), **definition.env}
         hold: Message = {
-            "rehearse": list(definition.rehearse or ()),
+            "rehearse": list(definition.rehearse or ()) if trials else None,
             "trials": trials,
             "environment": environment,
             "filters": filters.compiled(clone3=True),
             "timeout": daemon.config.held.timeout,
+            "patience": daemon.config.held.timeout + REHEARSING * trials,
         }
         if definition.program:
             hold["program"] = os.path.join(definition.dir, definition.program)

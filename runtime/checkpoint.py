@@ -36,6 +36,7 @@ class Compiled(NamedTuple):
     code: Any
     tree: ast.Module
     call: Optional[ast.stmt]  # that call; None where the program has one of its own
+    path: str
 
     @property
     def flags(self) -> int:
@@ -58,7 +59,7 @@ def compile_held(source: bytes, path: str, where: str) -> Compiled:
     call = None
     if where != OWN:
         call = insert(*find(tree, source, path, where))
-    return Compiled(compile(tree, path, "exec", dont_inherit=True), tree, call)
+    return Compiled(compile(tree, path, "exec", dont_inherit=True), tree, call, path)
 
 
 def find(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
@@ -96,15 +97,16 @@ def in_function(function: Function) -> Tuple[Body, int]:
 
 
 def at_statement(tree: ast.Module, source: bytes, path: str, where: str) -> Tuple[Body, int]:
-    """The one top-level statement, or of a block of `if` there, whose text begins with `where`, blanks aside."""
+    """The one top-level statement, or else of a block of `if` there, whose text begins with `where`, blanks aside."""
     wanted = squeeze(where)
     lines = source.splitlines(keepends=True)
-    found = [
+    every = [
         (body, i)
         for body in top_level(tree.body)
         for i, statement in enumerate(body)
         if squeeze(text_of(statement, lines)).startswith(wanted) and not is_future(statement)
     ]
+    found = [(body, i) for body, i in every if body is tree.body] or every
     if not wanted or not found:
         raise CheckpointError(f"no top-level statement of {path} begins with {where!r}, and it has no such function")
     if len(found) > 1:

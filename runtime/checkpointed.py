@@ -248,7 +248,7 @@ class Checkpointed(Held):
         """What follows the checkpoint, as something that can be called."""
         found = remainder.find(self.compiled.tree, self.compiled.is_at(frame.f_lineno))
         try:
-            return remainder.of_frame(found, frame, self.compiled.flags)
+            return remainder.of_frame(found, frame, self.compiled.path, self.compiled.flags)
         except remainder.CannotRepeat as e:
             raise rehearsal.Failed(str(e)) from None
 

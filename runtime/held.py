@@ -128,13 +128,14 @@ class Held:
 
     def overdue(self, _: int, frame: Any) -> None:
         """It took too long, says init: say where it is."""
-        if os.getpid() != self.pid or self.child:
+        hold = self.orders["hold"]
+        if os.getpid() != self.pid or self.child or self.arrived and time.monotonic() - self.begun < hold["patience"]:
             return
         own = next((f for f in rehearsal.frames(frame) if f.f_code.co_filename.startswith(self.recorder.tops)), frame)
         where = f"{own.f_code.co_filename}, line {own.f_lineno}, in {own.f_code.co_name}"
         if self.arrived:
             self.fail(f"the rehearsal failed: it does not end, and is at {where}", "rehearsal")
-        self.fail(f"after {self.orders['hold']['timeout']:.0f} s it is still at {where}")
+        self.fail(f"after {hold['timeout']:.0f} s it is still at {where}")
 
     def fail(self, why: str, code: str = "hold") -> NoReturn:
         """Say why it cannot be held, with what was printed, and end."""
@@ -206,7 +207,8 @@ class Held:
         """Be ready to be forked: no garbage, and pages that stay shared."""
         if self.orders.get("threads"):
             threads.limit(self.orders["threads"], threads.find())  # of libraries that its program has loaded
-        signal.signal(OVERDUE, signal.SIG_DFL)
+        if signal.getsignal(OVERDUE) == self.overdue:
+            signal.signal(OVERDUE, signal.SIG_DFL)
         privatized = self.make_private()  # what a rehearsal has left
         self.seeds.find()
         self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))

@@ -130,17 +130,18 @@ class Holding:
         return True
 
     def hear_of_layers(self, t: Template) -> bool:
-        """The first message is our own code's, which speaks before it gives up its privileges (worker.lay_over)."""
+        """Up to its namespace it is our own code that speaks, before it gives up its privileges (worker.lay_over)."""
         message, fds = wire.receive(t.talk, socket.MSG_DONTWAIT, WORDS)
         with fds:
-            if message.get("op") == "failed":
+            operation = message.get("op")
+            if operation == "failed":
                 self.refuse_template(t, message.get("error"))
-                return True
-            t.namespace = fds.take()
-            t.printed = [fds.take(), fds.take()]
-            rest, count = fds.rest(), message["count"]
-            size = len(rest) // count if count else 0
-            t.layers = [rest[n * size : (n + 1) * size] for n in range(count)]
+            elif operation == "printed":
+                t.printed = fds.rest()
+            elif operation == "layer":
+                t.layers.append(fds.rest())
+            else:
+                t.namespace = fds.take()
         return True
 
     def on_overdue(self, message: Message, fds: Fds) -> None:

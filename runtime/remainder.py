@@ -10,7 +10,7 @@ import ast
 import inspect
 import types
 import warnings
-from typing import Any, Callable, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 
 Body = List[ast.stmt]
 _NOT_A_SECOND_TIME = (
@@ -67,36 +67,48 @@ def code(body: Body, path: str, flags: int) -> Any:
         return compile(ast.Module(body, []), path, "exec", flags, dont_inherit=True)
 
 
-def of_frame(found: Optional[Found], frame: Any, flags: int) -> Callable[[], object]:
-    """What follows, with the names that `frame`, which stands at the checkpoint, has now. Raises CannotRepeat."""
+def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Callable[[], object]:
+    """What follows in the program at `path`, with the names that `frame`, which stands at the checkpoint, has now.
+    Raises CannotRepeat."""
     running = frame.f_code
-    top = found is not None and found.function is None
-    if not found or top is not (running.co_name == "<module>"):
+    if not found or running.co_filename != path or not _is_of(running, found.function):
         raise CannotRepeat(
             "only what follows a statement of the top level or of a function, not within a loop, with or try, can be "
             "rehearsed"
         )
     if running.co_freevars or running.co_flags & _NOT_A_SECOND_TIME:
         raise CannotRepeat("what follows in a generator, or in a function with names of another one, is not rehearsed")
-    if not found.function:
-        rest = found.rest
-        while rest and isinstance(rest[0], ast.Expr) and isinstance(rest[0].value, ast.Constant):
-            rest = rest[1:]  # it would become the docstring
-        whole = code(rest, running.co_filename, flags)
-        return lambda: exec(whole, frame.f_globals)
-    known = dict(frame.f_locals)
-    made = _function(found, list(known), running.co_filename, flags, frame.f_globals)
+    try:
+        if not found.function:
+            rest = found.rest
+            while rest and isinstance(rest[0], ast.Expr) and isinstance(rest[0].value, ast.Constant):
+                rest = rest[1:]  # it would become the docstring
+            whole = code(rest, path, flags)
+            return lambda: exec(whole, frame.f_globals)
+        there = frame.f_locals
+        known = dict(there)
+        if type(there) is dict:  # before Python 3.13 the frame keeps it, and with it what each run lets go of
+            there.clear()
+        made = _function(found, list(known), path, flags, frame.f_globals)
+    except Exception as e:  # what a part of a function's text can be, there are many rules for
+        raise CannotRepeat(f"what follows cannot be run by itself, so it is not rehearsed: {e}") from None
     return lambda: made(**known)
+
+
+def _is_of(running: types.CodeType, function: Optional[ast.FunctionDef]) -> bool:
+    if function is None:
+        return running.co_name == "<module>"
+    lines = [function.lineno, *(decorator.lineno for decorator in function.decorator_list)]
+    return running.co_name == function.name and running.co_firstlineno == min(lines)
 
 
 def _function(found: Found, names: List[str], path: str, flags: int, namespace: Any) -> Callable[..., object]:
     """A function of the rest of one, with all that is bound by now as its parameters."""
     assert found.function
-    made = ast.parse("def f(): pass").body[0]
+    made = ast.parse("def rest(): pass").body[0]
     assert isinstance(made, ast.FunctionDef)
-    made.name = found.function.name
     made.args.args = [ast.arg(name) for name in names]
-    said = [node for node in ast.walk(found.function) if isinstance(node, ast.Global)]
+    said = [node for node in _own(found.function) if isinstance(node, ast.Global)]
     made.body = [*said, *found.rest, ast.Pass()]
     outer: ast.stmt = made
     if found.of:  # names of its class's own (__name) are what they were
@@ -108,3 +120,11 @@ def _function(found: Found, names: List[str], path: str, flags: int, namespace: 
     exec(code([outer], path, flags), own)
     function = vars(own[found.of.name])[made.name] if found.of else own[made.name]
     return types.FunctionType(function.__code__, namespace, made.name)
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    """What is in a function, and in none within it."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield from _own(child)

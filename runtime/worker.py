@@ -175,29 +175,33 @@ def lay_over(message: Message, sock: socket.socket, printed: List[int]) -> List[
     and hand them to init, which takes them off one by one; and the files into which it prints. Returns descriptors of
     all that is or will be there."""
     shown: List[int] = []
-    layers: List[int] = []
+    layers: List[List[int]] = []
     places = [p for p in message["mounts"] if p["writable"]] if message["hold"]["trials"] else []
     count = message["hold"]["trials"] + BESIDES if places else 0
     if places:
         mounts.tmpfs(EMPTY, size=message["tmp"])
         for number in range(count):
+            layers.append([])
             for n, place in enumerate(places):
                 if not number:
                     shown.append(open_as_named(place["target"], os.O_PATH))
                 scratch = f"{EMPTY}/{number}-{n}"
                 os.mkdir(scratch)
                 mounts.overlay(place["target"], shown[n], scratch)
-                layers.append(open_as_named(place["target"], os.O_PATH | os.O_DIRECTORY))
+                layers[-1].append(open_as_named(place["target"], os.O_PATH | os.O_DIRECTORY))
                 if place.get("alias"):
-                    copy = mounts.open_tree("", at=layers[-1])
+                    copy = mounts.open_tree("", at=layers[-1][-1])
                     mounts.attach_as_named(copy, place["alias"])
                     os.close(copy)
-                    layers.append(open_as_named(place["alias"], os.O_PATH | os.O_DIRECTORY))
+                    layers[-1].append(open_as_named(place["alias"], os.O_PATH | os.O_DIRECTORY))
         mounts.unmount(EMPTY)
+    wire.send(sock, {"op": "printed"}, printed)
+    for layer in layers:
+        wire.send(sock, {"op": "layer"}, layer)
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=message["self"])
-    wire.send(sock, {"op": "layers", "count": count}, [namespace, *printed, *layers])
+    wire.send(sock, {"op": "namespace"}, [namespace])
     os.close(namespace)
-    return shown + layers
+    return [*shown, *(fd for layer in layers for fd in layer)]
 
 
 def revive(pids_max: Optional[str]) -> None:

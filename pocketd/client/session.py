@@ -99,6 +99,7 @@ class Session:
         self._core = Core(login.reply)
         self._lock = threading.RLock()
         self._current: Optional[int] = None
+        self._cancelled: Optional[int] = None  # the call that was in progress when somebody cancelled
         self._unsent: Deque[Outgoing] = collections.deque()
         self._woken, self._waker = os.pipe()
         for fd in (self._cancel, self._waker, self._woken):
@@ -140,7 +141,9 @@ class Session:
     def cancel(self) -> None:
         """Cancel the call in progress, from another thread than the one that waits for it, which gets Cancelled."""
         with suppress(BlockingIOError):
-            if self._current is not None:
+            current = self._current
+            if current is not None:
+                self._cancelled = current
                 os.write(self._waker, b"\0")
 
     def close(self) -> None:
@@ -208,6 +211,8 @@ class Session:
                     reply = self._receive(deadline, late)
                     if reply is not None and reply[0] == id:
                         break
+                if self._cancelled == id:  # while the reply alone was waited for
+                    raise errors.Cancelled("the call was cancelled")
             except BaseException:
                 self._abandon(id)
                 raise
@@ -277,14 +282,17 @@ class Session:
 
     def _wait(self, deadline: Optional[float], late: str) -> None:
         """Until there is something to receive, or an error."""
-        ready = self._poll.poll(None if deadline is None else _milliseconds(deadline))
-        if not ready:
-            raise errors.Timeout(late)
-        if ready[0][0] != self._fd:
-            if any(fd == self._woken for fd, _ in ready):
-                os.read(self._woken, 4096)
+        while True:
+            ready = self._poll.poll(None if deadline is None else _milliseconds(deadline))
+            if not ready:
+                raise errors.Timeout(late)
+            if ready[0][0] == self._fd:
+                return
+            if not any(fd == self._woken for fd, _ in ready):
+                raise self._died()
+            os.read(self._woken, 4096)
+            if self._cancelled == self._current:  # else it was an earlier call, which is over
                 raise errors.Cancelled("the call was cancelled")
-            raise self._died()
 
     def _last_words(self) -> errors.PocketError:
         """Why the worker ended, by what it had still said, or else by what its init reports."""

@@ -140,7 +140,44 @@ class App:
         print(self.__own, self.__n, a, sys.argv[1:])
 App().run(1)
 """
+GLOBAL_WITHIN = """
+import pocketd
+count = 1
+def main():
+    count = 5
+    def bump():
+        global count
+        count += 1
+    pocketd.checkpoint()
+    USE
+    bump()
+    print(count, globals()["count"], sys.argv[1:])
+main()
+"""
+MANGLED = """
+import pocketd
+class App:
+    def __main(self, a):
+        pocketd.checkpoint()
+        USE
+        print(a, sys.argv[1:])
+    def run(self): self.__main(1)
+App().run()
+"""
+LET_GO = """
+import pocketd
+class Loud:
+    def __del__(self): print("gone")
+def main():
+    held = Loud()
+    pocketd.checkpoint()
+    del held
+    print("after")
+main()
+"""
 IN_PLACES = {
+    "beside a global of a function within": (GLOBAL_WITHIN, "pocketd.checkpoint()"),
+    "in a method of a private name": (MANGLED, "pocketd.checkpoint()"),
     "in the guard": (IN_GUARD, "here ="),
     "in an else": (IN_ELSE, "app.py:10"),
     "in the midst of a function": (IN_FUNCTION, "app.py:12"),
@@ -165,11 +202,30 @@ def test_where_the_rest_can_be_rehearsed(hold, where):
     assert (plain.err, held.err) == (b"True\n", b"False\n")
 
 
+def test_what_a_run_lets_go_of_goes(hold):
+    pocket = hold(LET_GO, "pocketd.checkpoint()", rehearse=["s"])
+    assert pocket.warm()["rehearsed"] is True
+    assert pocket.same("a").out == b"gone\nafter\n"
+
+
+def test_a_statement_of_the_top_level_itself_comes_first(hold):
+    source = "import sys\nif len(sys.orig_argv) > 99:\n    print('no')\nprint('yes', sys.argv[1:])\n"
+    pocket = hold(source.replace("sys.orig_argv", "sys.path"), "print(")
+    pocket.warm()
+    assert pocket.same("a").out == b"yes ['a']\n"
+
+
 CANNOT = {
-    "a loop": ("for n in range(2):\n    x = n\n    print(n)\n", "app.py:2"),
-    "with": ("import contextlib\nwith contextlib.suppress(KeyError):\n    print(1)\n", "app.py:3"),
-    "a generator": ("def f():\n    yield 1\n    yield 2\nprint(list(f()))\n", "app.py:3"),
-    "a closure": ("def f():\n    x = 1\n    def g():\n        print(x)\n    g()\nf()\n", "app.py:4"),
+    "a name of a function around it": (
+        "def f():\n    if len('x') > 1:\n        n = 0\n    def g():\n        nonlocal n\n        n = 1\n"
+        "    g()\n    print(n)\nf()\n",
+        "app.py:8",
+    ),
+    "another file": ("import other\nimport sys\nsys.path\nprint(1)\n", "pocketd.checkpoint()"),
+    "a loop": ("for n in range(2):\n    x = n\n    print(n)\n", "app.py:3"),
+    "with": ("import contextlib\nwith contextlib.suppress(KeyError):\n    print(1)\n", "app.py:4"),
+    "a generator": ("def f():\n    yield 1\n    yield 2\nprint(list(f()))\n", "app.py:4"),
+    "a closure": ("def f():\n    x = 1\n    def g():\n        print(x)\n    g()\nf()\n", "app.py:5"),
     "a comprehension": ("import pocketd\nprint([pocketd.checkpoint() for n in range(2)])\n", "pocketd.checkpoint()"),
 }
 
@@ -177,9 +233,10 @@ CANNOT = {
 @pytest.mark.parametrize("where", CANNOT)
 def test_where_it_cannot_it_is_held_without(hold, where):
     source, checkpoint = CANNOT[where]
-    pocket = hold(source, checkpoint, rehearse=[])
+    pocket = hold(f"#{' pocketd' * ('other' in source)}\n{source}", checkpoint, rehearse=[])
+    pocket.write("other.py", "import pocketd\ndef at():\n    pocketd.checkpoint()\nat()\n")
     facts = pocket.warm()
-    assert facts["rehearsed"] is False and "rehearsed" in facts["not_rehearsed"]
+    assert facts["rehearsed"] is False and "rehears" in facts["not_rehearsed"]
     pocket.same()
 
 

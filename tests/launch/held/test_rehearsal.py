@@ -287,6 +287,45 @@ def test_a_trace_is_found_in_a_loop(hold):
     assert pocket.same("once").out == b"turn 1 ['once']\n"
 
 
+HANGS = """
+import sys, threading, time
+lock = threading.Lock()
+def main():
+    while True:
+        lock.acquire()
+        print("tick", sys.argv[1:], flush=True)
+        time.sleep(0.02)
+        lock.release()
+        if "once" in sys.argv: break
+main()
+"""
+
+
+def test_a_loop_that_says_nothing_more_after_its_rehearsal(hold):
+    """It was ended while it had the lock, which no run could take any more."""
+    pocket = hold(HANGS, "main()", rehearse=["s"], rehearse_until=1)
+    assert pocket.warm()["rehearsed"] is False
+    pocket.same("once")
+
+
+def test_a_digit_after_the_other(hold):
+    """Many, and others each time: to look for times in them takes no longer than to look at them."""
+    source = "import random, sys\nhere = None\nprint(''.join(random.SystemRandom().choices('0123456789', k=200_000)))\n"
+    pocket = hold(source, "here =", rehearse=["s"])
+    assert pocket.warm()["rehearsed"] is True
+
+
+def test_many_places_to_write(hold):
+    """Each takes descriptors for each run of the sample: more than one message carries."""
+    places = [f"out{n}" for n in range(12)]
+    source = "import os\nhere = None\nfor n in range(12): open(f'/pocket/out{n}/x', 'w').write(f'{os.urandom(8)}')\nprint(1)\n"
+    pocket = hold(source, "here =", rehearse=[], allow={"write": places})
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert not any(any((pocket.place / place).iterdir()) for place in places)
+    assert pocket.from_held().out == b"1\n"
+
+
 def test_some_seconds_of_a_silent_loop(hold):
     pocket = hold(
         "import sys, time\ndef main():\n    while len(sys.argv) == 1: time.sleep(0.01)\n    print('end')\nmain()\n",
