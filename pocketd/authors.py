@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pocketd.daemon import Daemon
 
 Identity = tuple[int, int, int] | None
+_ABSENT = 10.0  # seconds from one look for a pocket's directory that is not there to the next
 
 
 class Authors:
@@ -51,15 +52,29 @@ class Authors:
 
     def _look(self) -> None:
         self._timer = None
-        changed = []
+        changed, gone = [], False
         for name, known in list(self._known.items()):
             pocket = self.daemon.config.pockets.get(name) or self.daemon.last_right.get(name)
-            found = _identity(str(pocket.dir)) if pocket else None
+            found = None
+            if pocket:
+                gone |= not self._watch(str(pocket.dir))
+                found = _identity(str(pocket.dir))
             if found != known:
                 self._known[name] = found
                 changed.append(name)
+        if gone:  # another directory may come in its place, of which nothing would tell
+            self._timer = asyncio.get_running_loop().call_later(_ABSENT, self._look)
         if changed:
             self.daemon.configure_pockets(changed)
+
+    def _watch(self, directory: str) -> bool:
+        """Watch what has that name now, which may be another directory than before. Whether there is one."""
+        try:
+            if self._inotify:
+                self._inotify.add(directory)
+        except OSError:
+            return os.path.isdir(directory)
+        return True
 
     def close(self) -> None:
         if self._timer:

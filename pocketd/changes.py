@@ -38,8 +38,9 @@ class Changes:
         tops: list[str] = []
         if definition.is_held:
             tops = [directory, *(str(m.source) for m in definition.mounts if not m.writable)]
-        above = {os.path.dirname(path) for path in apart}
         apart += [source for source in (directory, *sources) if source not in tops]
+        # What is shown somewhere by a mount is not deleted before that ends: only its directory tells.
+        above = {os.path.dirname(path) for path in apart}
 
         def changed(path: str) -> None:
             if definition.is_held:

@@ -71,6 +71,10 @@ class Watch:
                             waiting.append(e.path)
             except OSError:
                 continue  # gone since, or not ours to see
+        if waiting:
+            why = f"more than {_MOST} directories or {_ENTRIES} entries: changes in the others are not noticed"
+            hint = "leave what does not change out of the pocket's directory, or reload after a change"
+            events.emit("files-not-watched", "warning", pocket=self.name, why=why, hint=hint)
 
 
 class Files:

@@ -18,7 +18,7 @@ from cgroup.limits import CONTROLLERS
 from cgroup.node import Cgroup
 from nsutil import mounts
 from nsutil.messages import Fds
-from pocketd import events, filters, orders, shown, warming
+from pocketd import events, filters, measured, orders, shown, warming
 from pocketd.definitions import Pocket
 from pocketd.discretion import for_operators
 from pocketd.link import Link
@@ -56,6 +56,7 @@ class Holder:
     ready: bool = False
     ended: bool = False  # it is being cleared away
     stale: str | None = None  # why no launch comes from it any more
+    own: int = 0  # bytes that it had of its own before anything was forked from it, with which it shares them
     oom_score: int = 0  # of its workers: within its pocket's memory.max each goes before their template
     facts: Message = field(default_factory=dict)
     refusals: dict[int, tuple[int, int]] = field(default_factory=dict)  # by uid: in a row, and launches not to ask for
@@ -158,6 +159,12 @@ class Held:
         if definition.name not in self._making:
             self.generation.keep(self._quietly(daemon, definition, True))
 
+    def may_renew(self, holder: Holder) -> bool:
+        """Whether another that is made in its place may succeed: it has not just failed, nor by what it is."""
+        known = self.failed.get(holder.pocket)
+        rests = time.monotonic() < self.cool_until.get(holder.pocket, 0.0)
+        return not rests and not (known and known[0] == holder.definition)
+
     def resting(self, pocket: str) -> float:
         """Seconds for which none is to be made that nobody asks for: it gave way, or has died."""
         holder = self.current.get(pocket)
@@ -257,6 +264,10 @@ class Held:
                 timeout = daemon.config.held.timeout
                 reply, fds = await self._asked(g.init, passed, timeout, REHEARSING * trials, message)
                 fds.close()
+            with Cgroup("self", holder.cgroup) as own:
+                holder.pid = (own.processes() or [0])[0]
+            (found,) = await measured.memory([holder.itself])
+            holder.own = found.private if found else 0
             if holder.stale:
                 raise Error("hold", holder.stale)
             self._settle(holder, reply)
@@ -349,8 +360,6 @@ class Held:
     def _settle(self, holder: Holder, reply: Message) -> None:
         """It is held: from now on processes are born beneath its cgroup, and none stands in it."""
         assert holder.definition
-        with Cgroup("self", holder.cgroup) as own:
-            holder.pid = (own.processes() or [0])[0]
         holder.cgroup.enable(CONTROLLERS)
         holder.facts = warming.facts(reply)
         holder.facts["runs"] = self._runs(holder)

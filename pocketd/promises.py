@@ -58,7 +58,7 @@ class Promises:
             for limit, given in self._given.items():
                 pockets = min(MOST, sum(size for name, size in given.items() if name))
                 kept = (max(pockets, given.get("", 0)), pockets)
-                if kept == self._kept.get(limit, (0, 0)):
+                if kept == self._kept.get(limit):
                     continue
                 try:
                     await self._scopes.promise(self._scope, limit, kept[0])

@@ -108,7 +108,7 @@ class Relief:
                 g.slots.squeezed = False
         for g, holder in self._holders():
             age = holder.definition.max_age if holder.definition else None
-            if age is not None and holder.definition and now - holder.born > age:
+            if age is not None and holder.definition and now - holder.born > age and g.held.may_renew(holder):
                 g.held.renew(self.daemon, holder.definition)
         await self._keep_to_budget()
 
@@ -119,7 +119,10 @@ class Relief:
         holders = self._holders()
         places = [[holder.itself, *g.slots.places(holder.pocket)] for g, holder in holders]
         found = iter(await measured.memory(list(chain.from_iterable(places))))
-        costs = [sum(m.private for m in islice(found, len(own)) if m) for own in places]
+        costs = []
+        for (_, holder), own in zip(holders, places, strict=True):
+            itself, *slots = (m.private if m else 0 for m in islice(found, len(own)))
+            costs.append(max(itself, holder.own) + sum(slots))  # what has been forked from it shares its pages
         total = sum(costs)
         for (g, holder), cost in zip(holders, costs, strict=True):
             if total <= budget:

@@ -271,8 +271,11 @@ class Slots:
         if operation == "taken" or slot.taken is None:
             slot.close()
             slot.answer(None)
-            if slot.taken is None:
+            if slot.taken is None and not slot.gone:  # by itself: it failed, or was killed
+                why = Error.unwire(message.get("error")).message[:1000]
+                events.emit("slot-not-made", "warning", service=self.generation.name, pocket=slot.pocket, why=why)
                 self._end(slot)
+                self.fill_later(slot.pocket, BACKOFF)
             return
         asyncio.get_running_loop().remove_reader(slot.sock)  # closed when init has let go of it: it waits for that
         said = Error.unwire(message.get("error"))

@@ -40,8 +40,8 @@ class Staleness:
     def watch(self, snapshot: int) -> None:
         """Watch the files that runtime.imported.snapshot names. `snapshot` stays the caller's."""
         listed = msgpack.unpackb(memory.read_sealed(snapshot, _MOST), unicode_errors="surrogateescape")
-        for path, mtime, size, inode, late in listed:
-            found = self._root + str(path)
+        for path, mtime, size, inode, late, *real in listed:
+            found = self._root + str(real[0]) if self._root and real else self._root + str(path)
             self._files[found] = (int(mtime), int(size), int(inode))
             if late and found not in self._late:  # once: some packages write files of theirs when they are imported
                 self._late.add(found)
@@ -89,8 +89,10 @@ class Staleness:
         return [path for path, known in self._files.items() if _identity(path) != known]
 
     def forget(self) -> None:
-        """The templates that were made of these files are made again, and name theirs anew."""
+        """The templates that were made of these files are made again, and name theirs anew. A directory may be another
+        by then, of the same name, which is not watched yet."""
         self._files.clear()
+        self._directories.clear()
 
     def close(self) -> None:
         if self._timer:

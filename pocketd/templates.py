@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT = 600.0  # seconds for a template to load: a cold page cache and a large model are slow
 BACKOFF = (1.0, 5.0, 30.0, 120.0)  # seconds before a template that died is made again
+LASTING = 60.0  # seconds that one has to live for the next of its deaths to be the first again
 
 Progress = Callable[[str], None]
 Models = frozenset[str] | None  # None: the root template
@@ -41,6 +42,7 @@ class Template:
     ready: bool = False
     stale: bool = False
     started: float = field(default_factory=time.time)
+    born: float = field(default_factory=time.monotonic)
 
     @property
     def key(self) -> Models:
@@ -176,6 +178,8 @@ class Templates:
         g.keep(g.drop_leaf(t.leaf))
         if t.ready and not t.stale and g.running:
             events.emit("template-lost", "warning", service=g.name, template=t.number, kind=t.kind)
+            if time.monotonic() - t.born > LASTING:
+                self._failures = 0
             g.keep(self._make_again(t))
 
     async def _make_again(self, lost: Template) -> None:
@@ -184,7 +188,6 @@ class Templates:
         self._failures += 1
         try:
             await self.get(lost.key)
-            self._failures = 0
         except (Error, ConnectionError) as e:
             events.emit("template-failed", "error", service=self.generation.name, why=str(e))
             if self.generation.running:

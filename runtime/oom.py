@@ -24,10 +24,10 @@ def error(leaf: int, note: Message) -> Error:
     # memory.events.local counts how often this very limit was reached; memory.events has those below it too.
     hit = [level for level in limited if _events(leaf, f"{level[0]}memory.events.local").get("oom")]
     pocket = str(note.get("pocket"))
-    if not limited:
+    if not hit:  # a process of the cgroup is counted there also when memory is short above
         text = f"pocket {pocket} was ended by the kernel: the host, or a cgroup above {path}, is out of memory"
         return Error("memory", text, pocket=pocket, limit=None, peak=None, cgroup=None)
-    at, cgroup, limit = (hit or limited)[0]
+    at, cgroup, limit = hit[0]
     peak = _number(leaf, f"{at}memory.peak")  # Linux 5.19
     # A unit's or a container's limit is not the pocket's own, so it is named.
     foreign = note.get("adopted") is True or cgroup == note.get("unit")

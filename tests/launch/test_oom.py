@@ -58,9 +58,16 @@ def test_the_limit_of_a_held_pocket_is_above_its_template(cgroups):
 
 def test_without_a_peak_none_is_said(cgroups):
     """Before Linux 5.19."""
-    cgroups("pocket", 200 * M)
+    cgroups("pocket", 200 * M, 1)
     message, detail = error(cgroups("pocket/session"))
     assert message.endswith("memory.max of 200.0M") and detail["peak"] is None
+
+
+def test_a_limit_that_was_not_reached_is_not_named(cgroups):
+    """The kernel counts a process there as well that it has ended since all memory was short."""
+    cgroups("pocket", 200 * M)
+    message, detail = error(cgroups("pocket/session", 100 * M))
+    assert "the host, or a cgroup above /pocket/session, is out of memory" in message and detail["limit"] is None
 
 
 def test_an_adopted_cgroups_limit_is_named_and_nothing_above_it_is_looked_at(cgroups):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -280,6 +281,20 @@ def test_a_template_is_stale_when_a_file_it_imported_changes(daemon, environment
         assert not Path(f"/proc/{before['pid']}").exists()
 
 
+def test_a_directory_that_was_replaced_is_watched_as_the_one_before(daemon, environment, tmp_path):
+    with enter(daemon) as session:
+        assert session.call("app:version") == 1
+    new = tmp_path / "new"
+    shutil.copytree(environment.kit, new)
+    shutil.rmtree(environment.kit)
+    new.rename(environment.kit)
+    assert wait_for(lambda: [t["number"] for t in daemon.ps()["templates"] if t["state"] == "ready"] == [2])
+    environment.install(2)
+    assert wait_for(lambda: [t["number"] for t in daemon.ps()["templates"] if t["state"] == "ready"] == [3])
+    with enter(daemon) as session:
+        assert session.call("app:version") == 2
+
+
 def test_files_that_changed_while_no_pocketd_ran(daemon, environment):
     with enter(daemon) as session:
         assert session.call("app:version") == 1
@@ -376,6 +391,18 @@ def test_an_authors_change_is_acted_on_and_a_wrong_one_told(daemon, environment,
     assert "did you mean 'program'" in daemon.pocket("app", check=False).stderr
     (app / "pocket.toml").write_text('program = "shown.py"\n')
     assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "shown\n")
+
+
+def test_a_pockets_directory_that_was_replaced_is_its_authors_still(daemon, environment, app):
+    daemon.config.write_text(configuration(environment, app) + f'[pocket.other]\nservice = "kit"\ndir = "{app}"\n')
+    app.rename(f"{app}.old")
+    app.mkdir()
+    for name in ("one", "two"):
+        (app / f"{name}.py").write_text(f"print('{name}')")
+    (app / "pocket.toml").write_text('program = "one.py"\n')
+    assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "one\n")
+    (app / "pocket.toml").write_text('program = "two.py"\n')
+    assert wait_for(lambda: daemon.pocket("app", check=False).stdout == "two\n")
 
 
 def test_changes_of_many_authors_at_once_are_one_reading(own_pocketd, tmp_path):

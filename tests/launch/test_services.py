@@ -137,6 +137,30 @@ def test_a_service_from_a_directory(own_pocketd, tmp_path, rootfs):
     assert done.stdout == "/usr/bin/python3 ['hostname']\n"
 
 
+def test_a_module_by_a_link_of_its_root_is_watched_there(own_pocketd, tmp_path, rootfs):
+    """The link leads to another file, or none, where the root is the host's."""
+    for name in ("lib", "real"):
+        (rootfs / "opt" / name).mkdir(parents=True)
+    module = rootfs / "opt/real/linked.py"
+    module.write_text("VERSION = 1\n")
+    (rootfs / "opt/lib/linked.py").symlink_to("/opt/real/linked.py")
+    daemon = own_pocketd(f"""
+        [service.python]
+        runtime = "python"
+        rootfs = "{rootfs}"
+        python = "/usr/bin/python3"
+        preload = ["linked"]
+        env = {{ PYTHONPATH = "/opt/lib" }}
+    """)
+    code = "import linked; print(linked.VERSION)"
+    assert daemon.pocket("run", "--service", "python", "-c", code, cwd=tmp_path).stdout == "1\n"
+    module.write_text("VERSION = 22\n")
+    ready = lambda: [t["number"] for t in daemon.ps()["templates"] if t["state"] == "ready"]  # noqa: E731
+    assert wait_for(lambda: ready() == [2])
+    assert daemon.pocket("run", "--service", "python", "-c", code, cwd=tmp_path).stdout == "22\n"
+    assert not wait_for(lambda: daemon.log.read_text().count("files-changed") > 1, 6)
+
+
 def test_the_host_root_shows_an_allowlist(pocketd, tmp_path):
     hidden = [
         "/etc/shadow",

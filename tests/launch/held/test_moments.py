@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -289,3 +290,30 @@ def test_a_user_whose_runs_are_all_refused_is_not_made_to_wait_for_it(hold):
     for _ in range(70):
         assert pocket.pocket().out == b"None\n"
     assert pocket.ways().count("held") > 1
+
+
+def test_a_writable_mount_that_was_removed_and_made_again(hold):
+    """What a template shows is not gone while it shows it, and the kernel says so only then."""
+    place = hold("", None).place.parent / "made-again"
+    place.mkdir()
+    pocket = hold(f"{HERE}open('/log/runs', 'a').write('run\\n')\n", "here =", mounts=[f"{place}:/log:rw"])
+    pocket.warm()
+    pocket.pocket()
+    shutil.rmtree(place)
+    place.mkdir()
+    pocket.pocket()
+    assert (place / "runs").read_text() == "run\n"
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_a_mounted_file_that_was_replaced(hold, checkpoint):
+    file = hold("", None).place.parent / f"mounted-{checkpoint}"
+    file.write_text("old")
+    pocket = hold(f"{HERE}print(open('/conf').read())\n", checkpoint, mounts=[f"{file}:/conf"], warm=2)
+    pocket.warm()
+    assert pocket.pocket().out == b"old\n"
+    new = file.with_suffix(".new")
+    new.write_text("new")
+    new.replace(file)
+    for _ in range(3):
+        assert pocket.pocket().out == b"new\n"

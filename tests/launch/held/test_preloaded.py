@@ -567,6 +567,17 @@ def test_it_gives_way_to_the_budget(own):
     assert ask(pocket, "app:add", 1, way="root") == 1
 
 
+def test_what_a_slot_shares_with_its_template_counts_in_the_budget(own):
+    pockets = own(CONFIG)
+    pocket: Pocket = pockets.make(f"big = bytearray(80 << 20)\n{APP}", None, program=None, preload=["app"], warm=1)
+    pocket.warm()
+    assert ready(pocket, 1)
+    pockets.base = f'{CONFIG}\n[held]\nbudget = "40M"\n'
+    pockets.read_again()
+    assert wait_for(lambda: pocket.events("pocket-given-up"))
+    assert "[held] budget is 40M" in pocket.events("pocket-given-up")[0]
+
+
 @pytest.mark.parametrize("warm", [0, 1])
 def test_pocketd_ends_and_begins_while_a_session_goes_on(own, warm):
     pocket: Pocket = own(CONFIG).make(APP, None, program=None, preload=["app"], warm=warm)

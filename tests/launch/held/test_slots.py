@@ -153,6 +153,19 @@ def test_a_slot_killed_is_made_again_and_nobody_notices(hold):
     pocket.same("b", way="slot")
 
 
+def test_a_slot_killed_is_made_again_though_nobody_comes(hold):
+    pocket = hold(SHOW, "here =", warm=1)
+    pocket.warm()
+    assert ready(pocket, 1)
+    template = pocket.template
+    (slot,) = [pid for pid in pocket.processes() if pid != template]
+    os.kill(slot, signal.SIGKILL)
+    assert ends(slot)
+    assert wait_for(lambda: pocket.events("slot-not-made"))
+    assert ready(pocket, 1)
+    pocket.same("b", way="slot")
+
+
 def test_a_slot_stopped_is_passed_over(hold):
     pocket = hold(SHOW, "here =", warm=1)
     pocket.warm()
