@@ -72,6 +72,18 @@ def _within(series: str, bar: float, then: str) -> Callable[[Measures], str]:
     return words
 
 
+def _spread(measure: str, series: str, what: str) -> Callable[[Measures], str]:
+    """How far what it is compared with is from itself."""
+
+    def words(measures: Measures) -> str:
+        found = measures[measure]["series"][series]
+        least, most, middle = found["min"], found["p99"], found["median"]
+        by_itself = f"from {1e3 * least:.3g} to {1e3 * most:.3g} ms by itself, a range of {(most - least) / middle:.0%}"
+        return f"{what} takes {by_itself} of its median, in this run: the machine was not quiet enough for this bar"
+
+    return words
+
+
 def _call(measures: Measures) -> str:
     echo, call = (1e6 * median(measures, "round-trip", name) for name in ("bare echo", "call"))
     return (
@@ -196,7 +208,9 @@ WHY: dict[str, Callable[[Measures], str]] = {
         "the bar is {wanted} ms here, a launch takes {got}; os.fork of a process with the same imports, which makes no "
         "container and gives up no privilege, takes {fork} to the same line",
     ),
+    BARS[6][0]: _spread("first-look-objects", "steady", "the steady state that it is compared with"),
     BARS[14][0]: _call,
+    BARS[15][0]: _spread("busy", "python", "an inference in a process of its own"),
 }
 
 
