@@ -440,14 +440,14 @@ BY_ITSELF = {
 DIFFERENT = "import os, random, sys, tempfile, time\nCHANCE, WORDS = random.SystemRandom(), [f'w{n}' for n in range(1000)]\nseen = []\nhere = None\n"
 
 
+def different(hold, what, rest):
+    source = f"{DIFFERENT}{BY_ITSELF[what]}\n{rest}\n"
+    return hold(source, "here =", rehearse=["s"], allow={"write": ["out"]})
+
+
 @pytest.mark.parametrize("what", BY_ITSELF)
 def test_of_what_no_two_runs_do_the_same_the_rest_is_compared(hold, what):
-    pocket = hold(
-        f"{DIFFERENT}{BY_ITSELF[what]}\nprint('and', sys.argv[1:])\n",
-        "here =",
-        rehearse=["s"],
-        allow={"write": ["out"]},
-    )
+    pocket = different(hold, what, "print('and', sys.argv[1:])")
     warm = pocket.warm()
     assert warm["rehearsed"] is True, warm["not_rehearsed"]
     assert any("no two runs of its sample do the same" in text for text in warm["noted"])
@@ -456,12 +456,7 @@ def test_of_what_no_two_runs_do_the_same_the_rest_is_compared(hold, what):
 
 @pytest.mark.parametrize("what", BY_ITSELF)
 def test_a_trace_is_found_beside_what_no_two_runs_do_the_same(hold, what):
-    pocket = hold(
-        f"{DIFFERENT}{BY_ITSELF[what]}\nseen.append(0)\nprint(len(seen))\n",
-        "here =",
-        rehearse=["s"],
-        allow={"write": ["out"]},
-    )
+    pocket = different(hold, what, "seen.append(0)\nprint(len(seen))")
     warm = pocket.warm()
     assert warm["rehearsed"] is False and "is not the same" in warm["not_rehearsed"]
     assert pocket.from_held("a").out.splitlines()[-1] == b"1"

@@ -140,12 +140,18 @@ def test_a_variable_for_which_a_run_is_cold(hold, checkpoint):
     assert pocket.pocket(env=env).out == pocket.plain(env=env).out
 
 
-def test_a_slot_killed_is_made_again_and_nobody_notices(hold):
+def with_a_slot(hold):
+    """A pocket and the pid of its slot."""
     pocket = hold(SHOW, "here =", warm=1)
     pocket.warm()
     assert ready(pocket, 1)
     template = pocket.template
     (slot,) = [pid for pid in pocket.processes() if pid != template]
+    return pocket, slot
+
+
+def test_a_slot_killed_is_made_again_and_nobody_notices(hold):
+    pocket, slot = with_a_slot(hold)
     os.kill(slot, signal.SIGKILL)
     assert ends(slot)
     assert pocket.pocket("a").status == 7
@@ -154,11 +160,7 @@ def test_a_slot_killed_is_made_again_and_nobody_notices(hold):
 
 
 def test_a_slot_killed_is_made_again_though_nobody_comes(hold):
-    pocket = hold(SHOW, "here =", warm=1)
-    pocket.warm()
-    assert ready(pocket, 1)
-    template = pocket.template
-    (slot,) = [pid for pid in pocket.processes() if pid != template]
+    pocket, slot = with_a_slot(hold)
     os.kill(slot, signal.SIGKILL)
     assert ends(slot)
     assert wait_for(lambda: pocket.events("slot-not-made"))
@@ -167,11 +169,7 @@ def test_a_slot_killed_is_made_again_though_nobody_comes(hold):
 
 
 def test_a_slot_stopped_is_passed_over(hold):
-    pocket = hold(SHOW, "here =", warm=1)
-    pocket.warm()
-    assert ready(pocket, 1)
-    template = pocket.template
-    (slot,) = [pid for pid in pocket.processes() if pid != template]
+    pocket, slot = with_a_slot(hold)
     os.kill(slot, signal.SIGSTOP)
     pocket.same("a", way="held")
     assert ends(slot)
