@@ -15,6 +15,7 @@ from nsutil import messages
 from pocketd import wire
 from pocketd.client import Cancelled, Session, Timeout
 from pocketd.client.handshake import Login
+from tests.conftest import TIMEOUT
 
 
 def test_a_call_has_a_time_limit_and_is_interrupted_there(session: Session) -> None:
@@ -139,3 +140,24 @@ def test_hundreds_of_cancelled_calls_leave_the_session_well(session: Session) ->
             session.call("detector:nap", 5, timeout=0.001 * (n % 3))
     assert session.call("detector:add", 1, 2) == 3
     assert session.call("detector:status")[2] == 1
+
+
+def test_a_cancel_of_a_short_call_is_not_the_next_ones(session: Session) -> None:
+    """It may come too late for its call. One that is waited for with all else hears nothing of it."""
+    for _ in range(20):
+        ends: list[object] = []
+
+        def short(ends: list[object] = ends) -> None:
+            try:
+                ends.append(session.call("detector:nap", 0.012))
+            except Cancelled as e:
+                ends.append(e)
+
+        thread = threading.Thread(target=short)
+        thread.start()
+        while session._current is None and thread.is_alive():
+            pass
+        session.cancel()
+        thread.join(TIMEOUT)
+        assert len(ends) == 1
+        session.call("detector:nap", 0.05)
