@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pocketd.templates import Progress, Template
 
 NUMBERS = 1 << 20  # above those of the service's own templates
-REHEARSING = 210.0  # seconds more for a sample, which is run three or four times, each for a minute at most
+TRIALS = (1, 2, 5)  # runs of a sample before its rehearsal, as far as one more may show more
+REHEARSING = 210.0  # seconds more for each of those, and for what follows them: a minute at most for each run
 LEAST_RUN = 4 << 20  # bytes that a run has of its own at the least
 GRACE = 5.0  # seconds in which a template that is overdue may say where it is
 BACKOFF = 10.0  # seconds before a template that died is made again
@@ -229,12 +230,13 @@ class Held:
         self.generation.changes.watch(daemon, definition)
         why = _not_to_rehearse(definition)
         # A sample of which no two runs do the same, for it prints the time, has to be run twice before its rehearsal to
-        # show what that left. It is run in the template too, and may end that.
-        for trials in (1, 2) if definition.rehearse is not None and why is None else ():
+        # show what that left, and more often where two are the same by chance: of random digits every tenth is. It is
+        # run in the template too, and may end that.
+        for trials in TRIALS if definition.rehearse is not None and why is None else ():
             try:
                 return await self._try(daemon, definition, progress, trials)
             except Error as e:
-                if e.code == "unlike" and trials == 1:
+                if e.code == "unlike" and trials != TRIALS[-1]:
                     continue
                 if e.code not in ("rehearsal", "unlike", "template"):
                     raise

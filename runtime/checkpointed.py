@@ -200,7 +200,7 @@ class Checkpointed(Held):
                 why = proof.difference(after)
                 if why:
                     of = "after the rehearsal" if words is sample else "without arguments after it"
-                    raise rehearsal.Failed(f"a run {of} is not as one before it: {why}", unlike=True)
+                    raise rehearsal.Failed(f"a run {of} is not as one before it: {why}", unlike=proof.shows_chance)
                 if words is sample:
                     self.recorder.noted += filter(None, [proof.left_out(after)])
             self.uncover()

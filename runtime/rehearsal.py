@@ -3,7 +3,7 @@
 What the run bound in the program's own modules, set in the interpreter, or wrote to files is undone. What cannot be
 seen, such as an item in a list that was there before, shows in the proof: the sample is run by a child of the template
 as it was before, and by one as it is afterwards, and both must do the same to the byte. For a program of which no two
-runs do, that is tried again with two children before.
+runs do, that is tried again with more children before.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _WORD = re.compile(rb"[ \t]*[\w.+-]+|[ \t]*.", re.DOTALL)
 
 
 class Proof(NamedTuple):
-    """What a run of the sample must do: as the runs before the rehearsal did. Where there were two, words and files in
-    which they differ, times and random numbers for one, differ by themselves and are not compared."""
+    """What a run of the sample must do: as the runs before the rehearsal did. Where there were several, words and files
+    in which they differ, times and random numbers for one, differ by themselves and are not compared."""
 
     before: List[Outcome]
     endless: bool = False  # each run was ended after some seconds, and has come as far as it could
@@ -95,6 +95,12 @@ class Proof(NamedTuple):
         if [os.path.dirname(path) for path in others[0]] != [os.path.dirname(path) for path in others[1]]:
             return f"it does not write the same to {(others[1] or others[0])[0]}"
         return None
+
+    @property
+    def shows_chance(self) -> bool:
+        """Whether more runs before the rehearsal may show more that differs by itself: one shows nothing of that, and
+        of several that are the same it can be said that there is none."""
+        return len(self.before) == 1 or any(outcome != self.before[0] for outcome in self.before)
 
     def left_out(self, after: Outcome) -> Optional[str]:
         """What was not compared, in words; None where all was."""

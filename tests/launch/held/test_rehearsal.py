@@ -431,6 +431,7 @@ BY_ITSELF = {
     "a clock": "print('took', round(time.monotonic(), 7), 'in all')",
     "a pid": "print(os.getpid())",
     "random words": "print(*(CHANCE.choice(WORDS) for _ in range(20)), 'END')",
+    "numbers, of which two are often the same": "print(*(CHANCE.randrange(100) for _ in range(400)))",
     "a column": "print(f'[{CHANCE.random() * 10 ** CHANCE.randrange(6):10.2f}]')",
     "a directory of its own": "print(tempfile.mkdtemp())",
     "a file of its own": "tempfile.NamedTemporaryFile(dir='/pocket/out', delete=False).write(b'x')",
