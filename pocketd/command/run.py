@@ -53,6 +53,8 @@ _RLIMITS = ("RLIMIT_CORE", "RLIMIT_NOFILE", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLI
 _SEEN = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", sys.prefix)
 # Nobody can catch these; and the kernel sends SIGCHLD for children, of which there are none.
 _NOT_FORWARDED = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
+# What ends or stops a command from a terminal.
+_ENDS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP}
 
 
 class Usage(Exception):
@@ -209,7 +211,15 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             targets.append({"target": os.fsencode(target), "writable": writable})
         if not r.pocket:
             hint(r, os.path.realpath(directory), [os.fsdecode(t["target"]) for t in targets])
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NOT_FORWARDED)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NOT_FORWARDED)
+
+        def waits(text: str) -> None:
+            """It takes a while, for which nobody who wants to end it should have to wait."""
+            if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS - blocked)
+            progress(text)
+
         login = open_login(
             control,
             mode="program",
@@ -217,13 +227,14 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             directory=None if r.pocket else directory,
             start=start,
             fds=[*stdio, *given.listening],
-            progress=progress,
+            progress=waits,
             patience=patience,
             shared=given.shared,
             mounts=targets,
             adopt=r.adopt,
             **given.fields,
         )
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NOT_FORWARDED)
         for fd in given.listening:  # the worker has them: what it closes is closed
             os.close(fd)
         return login

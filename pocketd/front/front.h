@@ -26,6 +26,9 @@ void run(struct words *);
 /* hold.c: block what is passed on to a worker, from before it is asked for. */
 void block_signals(void);
 
+/* hold.c: until `hold`, what ends or stops a command from a terminal does so to this one. */
+void unblock_ends(void);
+
 /* hold.c: pass signals on until the worker has ended, then end in the same way. */
 void hold(const struct login *) __attribute__((noreturn));
 

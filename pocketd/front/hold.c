@@ -27,9 +27,20 @@ static sigset_t forwarded(void) {
     return set;
 }
 
+static sigset_t blocked_by_caller;
+
 void block_signals(void) {
     sigset_t set = forwarded();
-    sigprocmask(SIG_BLOCK, &set, NULL);
+    sigprocmask(SIG_BLOCK, &set, &blocked_by_caller);
+}
+
+void unblock_ends(void) {
+    static const int ends[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        if (!sigismember(&blocked_by_caller, ends[i])) sigaddset(&set, ends[i]);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
 }
 
 /* What goes to a whole group, from a terminal, or SIGCONT from a shell's fg, goes to the worker's group. */
@@ -81,6 +92,7 @@ static void __attribute__((noreturn)) end(const struct login *login, struct part
 void hold(const struct login *login) {
     sigset_t set = forwarded();
     struct failure f;
+    sigprocmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_DFL); /* ignored ones do not reach the descriptor; what Python starts may have these two so */
     signal(SIGXFSZ, SIG_DFL);
     struct pollfd polled[] = {{signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK), POLLIN, 0}, {login->hold, POLLIN, 0}};

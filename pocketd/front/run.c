@@ -283,7 +283,9 @@ static void __attribute__((noreturn)) refused(const struct failure *f) {
     exit(found ? REFUSED_STATUS : NOT_FOUND_STATUS);
 }
 
+/* It takes a while, for which nobody who wants to end it should have to wait. */
 static void progress(struct part text) {
+    unblock_ends();
     if (isatty(2)) say("", text);
 }
 

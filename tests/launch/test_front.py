@@ -22,7 +22,7 @@ import pytest
 from nsutil import memory, messages
 from pocketd import wire
 from pocketd.command.main import USAGE, VERBS
-from tests.conftest import TIMEOUT, Pocketd
+from tests.conftest import TIMEOUT, Pocketd, service_environment, toml_table, wait_for
 
 CONFIG = """
 [service.plain]
@@ -98,6 +98,45 @@ def test_a_trace_begins_with_the_request(daemon, front):
     first, *steps = err.decode().splitlines()
     assert (status, out, first) == (0, b"1\n", "pocket: milliseconds since the request, and since the line before")
     assert 0 <= float(steps[0].split()[1]) < float(steps[-1].split()[1]) < TIMEOUT * 1e3
+
+
+@pytest.fixture
+def full(own_pocketd, front) -> Callable[[], subprocess.Popen[Any]]:
+    """Start a program for which this pocketd has no room until `full.relieve()`; returns when it waits."""
+    daemon = own_pocketd(f'[service.plain]\nruntime = "python"\nenv = {toml_table(service_environment())}\n')
+    daemon.pocket("plain", "on")
+    text = daemon.config.read_text()
+    daemon.config.write_text(f'{text}[admission]\nreserve = "1P"\nwait = 600\n')
+    daemon.pocket("reload")
+
+    def start(**options: Any) -> subprocess.Popen[Any]:
+        process = daemon.popen("run", "--service=plain", "-c", "print(1)", cwd=daemon.place, **options)
+        assert wait_for(lambda: "launch-waits" in daemon.log.read_text())
+        return process
+
+    def relieve() -> None:
+        daemon.config.write_text(text)
+        daemon.pocket("reload")
+
+    start.relieve = relieve
+    return start
+
+
+@both_fronts
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+def test_a_command_that_waits_for_its_worker_can_be_ended(full, number):
+    process = full()
+    process.send_signal(number)
+    assert process.wait(TIMEOUT) == -number
+
+
+@both_fronts
+def test_one_that_ignores_a_signal_goes_on_waiting(full):
+    process = full(stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    full.relieve()
+    assert process.communicate(timeout=TIMEOUT)[0] == b"1\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("verb", sorted({*VERBS, *re.findall(r"(?m)^(?:usage:|      ) pocket ([a-z]+)", USAGE)}))
