@@ -101,7 +101,7 @@ def test_a_trace_begins_with_the_request(daemon, front):
 
 
 @pytest.fixture
-def full(own_pocketd, front) -> Callable[[], subprocess.Popen[Any]]:
+def full(own_pocketd) -> Callable[[], subprocess.Popen[Any]]:
     """Start a program for which this pocketd has no room until `full.relieve()`; returns when it waits."""
     daemon = own_pocketd(f'[service.plain]\nruntime = "python"\nenv = {toml_table(service_environment())}\n')
     daemon.pocket("plain", "on")
@@ -122,7 +122,6 @@ def full(own_pocketd, front) -> Callable[[], subprocess.Popen[Any]]:
     return start
 
 
-@both_fronts
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
 def test_a_command_that_waits_for_its_worker_can_be_ended(full, number):
     process = full()
@@ -130,7 +129,6 @@ def test_a_command_that_waits_for_its_worker_can_be_ended(full, number):
     assert process.wait(TIMEOUT) == -number
 
 
-@both_fronts
 def test_one_that_ignores_a_signal_goes_on_waiting(full):
     process = full(stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
