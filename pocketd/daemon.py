@@ -13,7 +13,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,7 @@ from pocketd.turns import Turns
 from pocketd.wire import Error, Message
 
 OLDEST_KERNEL = (6, 1)
+REST = 10.0  # seconds until what failed beside the requests begins anew
 
 
 class Daemon:
@@ -337,7 +338,12 @@ async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarc
     supervision.notify("READY=1")
     beside = [
         asyncio.ensure_future(task)
-        for task in (boot(daemon), supervision.watchdog(), Idle(daemon).run(), daemon.relief.run())
+        for task in (
+            boot(daemon),
+            supervision.watchdog(),
+            lasting("idle", Idle(daemon).run),
+            lasting("relief", daemon.relief.run),
+        )
     ]
     await stop.wait()
     supervision.notify("STOPPING=1")
@@ -350,6 +356,16 @@ async def serve(options: argparse.Namespace, read: Callable[[], Config], hierarc
     scopes.close()
     events.emit("ended", services_left_on=remains)
     os.close(lock)
+
+
+async def lasting(name: str, run: Callable[[], Awaitable[None]], rest: float = REST) -> None:
+    """Run what does not end. A fault of ours in it is said, and after `rest` seconds it begins anew."""
+    while True:
+        try:
+            await run()
+        except Exception as e:
+            events.emit("task-failed", "error", task=name, why=repr(e))
+        await asyncio.sleep(rest)
 
 
 def reconfigure(daemon: Daemon) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from pocketd.daemon import lasting
 from tests.conftest import ROOT, TIMEOUT
 
 
@@ -25,3 +27,24 @@ def test_a_line_is_for_whom_it_is_written_to(tmp_path, named):
         said = log.read()
     wanted = '<4>happened what="a b"\n' if named == "this one" else r'\d{4}-\S+Z warning happened what="a b"' + "\n"
     assert re.fullmatch(wanted, said), said
+
+
+def test_what_lasts_is_begun_anew_after_a_fault_which_is_said(capsys):
+    begun: list[None] = []
+
+    async def fails_twice() -> None:
+        begun.append(None)
+        if len(begun) < 3:
+            raise KeyError("pocket")
+        await asyncio.get_running_loop().create_future()
+
+    async def watch() -> None:
+        task = asyncio.ensure_future(lasting("idle", fails_twice, rest=0.01))
+        while len(begun) < 3:
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(watch(), TIMEOUT))
+    said = re.findall(r"error task-failed task=idle why=(.*)", capsys.readouterr().err)
+    assert said == ["\"KeyError('pocket')\""] * 2

@@ -100,37 +100,42 @@ def test_a_trace_begins_with_the_request(daemon, front):
     assert 0 <= float(steps[0].split()[1]) < float(steps[-1].split()[1]) < TIMEOUT * 1e3
 
 
-@pytest.fixture
-def full(own_pocketd) -> Callable[[], subprocess.Popen[Any]]:
-    """Start a program for which this pocketd has no room until `full.relieve()`; returns when it waits."""
-    daemon = own_pocketd(f'[service.plain]\nruntime = "python"\nenv = {toml_table(service_environment())}\n')
-    daemon.pocket("plain", "on")
-    text = daemon.config.read_text()
-    daemon.config.write_text(f'{text}[admission]\nreserve = "1P"\nwait = 600\n')
-    daemon.pocket("reload")
+class Full:
+    """A pocketd that has no room for a program until `relieve`."""
 
-    def start(**options: Any) -> subprocess.Popen[Any]:
-        process = daemon.popen("run", "--service=plain", "-c", "print(1)", cwd=daemon.place, **options)
-        assert wait_for(lambda: "launch-waits" in daemon.log.read_text())
+    def __init__(self, daemon: Pocketd):
+        self.daemon, self.text = daemon, daemon.config.read_text()
+        daemon.pocket("plain", "on")
+        self._configure('[admission]\nreserve = "1P"\nwait = 600\n')
+
+    def _configure(self, more: str) -> None:
+        self.daemon.config.write_text(f"{self.text}{more}")
+        self.daemon.pocket("reload")
+
+    def start(self, **options: Any) -> subprocess.Popen[Any]:
+        """One that waits for it."""
+        process = self.daemon.popen("run", "--service=plain", "-c", "print(1)", cwd=self.daemon.place, **options)
+        assert wait_for(lambda: "launch-waits" in self.daemon.log.read_text())
         return process
 
-    def relieve() -> None:
-        daemon.config.write_text(text)
-        daemon.pocket("reload")
+    def relieve(self) -> None:
+        self._configure("")
 
-    start.relieve = relieve
-    return start
+
+@pytest.fixture
+def full(own_pocketd) -> Full:
+    return Full(own_pocketd(f'[service.plain]\nruntime = "python"\nenv = {toml_table(service_environment())}\n'))
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
 def test_a_command_that_waits_for_its_worker_can_be_ended(full, number):
-    process = full()
+    process = full.start()
     process.send_signal(number)
     assert process.wait(TIMEOUT) == -number
 
 
 def test_one_that_ignores_a_signal_goes_on_waiting(full):
-    process = full(stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = full.start(stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     full.relieve()
     assert process.communicate(timeout=TIMEOUT)[0] == b"1\n"
