@@ -295,7 +295,8 @@ def _context() -> Any:
 
 
 class Places:
-    """Directories in which runs of the sample may write: what is there, so that what they wrote is seen and removed."""
+    """Directories in which runs may write: what is there, so that what they wrote is seen and removed. What is mounted
+    beneath them, such as a pocket's directory in /tmp, is another place."""
 
     def __init__(self, directories: Tuple[str, ...]):
         self.directories = directories
@@ -303,7 +304,9 @@ class Places:
 
     def _all(self) -> Iterator[Tuple[str, Tuple[int, int, int, int]]]:
         for top in self.directories:
+            device = _device(top)
             for here, directories, files in os.walk(top):
+                directories[:] = [name for name in directories if _device(os.path.join(here, name)) == device]
                 for name in (*directories, *files):
                     path = os.path.join(here, name)
                     try:
@@ -332,6 +335,14 @@ class Places:
                 os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
             except OSError:
                 pass
+
+
+def _device(path: str) -> int:
+    """Of the mount that has a directory; of a bind mount it is its file system's, and what holds scratch is a tmpfs."""
+    try:
+        return os.lstat(path).st_dev
+    except OSError:
+        return -1
 
 
 def _changed(path: str) -> float:

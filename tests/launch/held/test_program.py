@@ -446,3 +446,36 @@ def test_a_run_finds_no_files_of_those_before(hold, slots):
     for _ in range(4):
         assert pocket.pocketd.pocket(pocket.name).stdout == "['base'] []\n"
         assert wait_for(lambda: os.listdir(tmp) == ["base"])
+
+
+KEPT = """
+import os, sys, time
+def main():
+    open("/tmp/theirs", "w").close()
+    for place in ("/tmp/data", "/root/deep/data", "/pocket/out"):
+        open(f"{place}/{sys.argv[1]}", "w").close()
+    time.sleep(0.05)
+main()
+"""
+
+
+@pytest.mark.parametrize("rehearse", [None, ["s"]])
+def test_what_is_mounted_beneath_scratch_is_kept(hold, tmp_path, rehearse):
+    """A pocket's directory may lie in /tmp or a home, and what it may write there is its user's."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o777)
+    mounts = [f"{tmp_path}/a:/tmp/data:rw", f"{tmp_path}/b:/root/deep/data:rw"]
+    keys = {"rehearse": rehearse} if rehearse else {}
+    pocket = hold(KEPT, "main", mounts=mounts, allow={"write": ["out"]}, **keys)
+    assert pocket.warm()["rehearsed"] is bool(rehearse)
+    tmp = f"/proc/{pocket.template}/root/tmp"
+    places = [tmp_path / "a", tmp_path / "b", pocket.place / "out"]
+    written = {f"before-{n}" for n in range(3)}
+    for place, name in zip(places, written):
+        (place / name).touch()
+    for n in range(3):
+        assert pocket.from_held(f"{n}").status == 0
+        assert wait_for(lambda: "theirs" not in os.listdir(tmp))
+    for place, name in zip(places, written):
+        assert {*os.listdir(place)} == {name, "0", "1", "2"}
