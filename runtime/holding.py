@@ -24,6 +24,7 @@ from runtime.held import OVERDUE
 
 WALL = 0x40000000  # wait4(2)
 _COARSE = 5  # CLOCK_REALTIME_COARSE, of which files' times are taken
+_LINGER = 0.5  # seconds after which it is looked whether a leaf is empty
 _WORDS = 64  # messages of an ended worker's template that are heard for its sake
 # What a template says of itself when it is ready: for people.
 _FACTS = ("seconds", "threads", "variables", "files", "unsure", "noted", "working_set", "run")
@@ -233,7 +234,13 @@ class Holding:
         del self.sessions[s.id]
         s.id = f"{s.id}-{s.launch}"
         self.sessions[s.id] = s
+        s.deadline = time.monotonic() + _LINGER
         self.kill(s)
+
+    def linger(self, s: Session) -> None:
+        """One handed back is not over yet: of a leaf that pocketd has removed meanwhile nothing may be told."""
+        s.deadline = time.monotonic() + _LINGER
+        self.leaf_changed(s)
 
     def look_for(self, s: Session) -> None:
         """A template says that it has forked: the child of ours in the session's leaf, if there is one."""

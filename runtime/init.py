@@ -133,6 +133,9 @@ class Init(Templates, Holding, Slots, Output):
         for t in [t for t in self.templates.values() if t.resting <= now]:
             self.hear_errors(t)
         late = [s for s in self.sessions.values() if not s.pid and s.deadline <= now]
+        for s in [s for s in late if s.ended and s.request is None]:
+            self.linger(s)
+            late.remove(s)
         for number in {s.template for s in late}:
             self.end_template(number)
         for s in late:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_for
 from tests.launch.held.pocket import popen
 
 HERE = "here = None\n"
@@ -316,3 +318,22 @@ def test_a_function_of_tensorflow_that_was_traced_before(hold):
     pocket.warm()
     for _ in range(3):
         assert pocket.from_held().out == b"160\n"
+
+
+def test_runs_that_it_refuses_cost_a_template_nothing(hold):
+    """Of the leaf of one that went another way init may hear nothing: pocketd removes it."""
+    pocket = hold("import os, sys\nmode = os.environ.get('MODE')\ndef main(): print(mode, sys.argv[1:])\nmain()\n", "main")
+    pocket.warm()
+    template = pocket.template
+    for _ in range(12):
+        assert pocket.pocket("a", env={"MODE": "x"}).out == b"x ['a']\n"
+    assert pocket.went(*["root"] * 12)
+    init = next(s["pid"] for s in pocket.pocketd.ps()["services"] if s["name"] == "plain")
+    assert wait_for(lambda: leaves(init) == 0)
+    log = (pocket.pocketd.state_dir / "services/plain.log").read_text()
+    assert pocket.template == template and "hangs in a fork" not in log, log[-2000:]
+
+
+def leaves(init):
+    """Of how many cgroups init waits for the end."""
+    return sum(os.readlink(f).endswith("/cgroup.events") for f in Path(f"/proc/{init}/fd").iterdir())
