@@ -101,6 +101,11 @@ def make_pocket(generation: Generation, name: str, limits: Limits, leaf: str, al
     generation.promise(name, limits)
 
 
+def _preload(generation: Generation, definition: Pocket | None) -> list[str]:
+    """What sessions have in them that come the long way, unless it is known not to end well."""
+    return list(definition.preload) if definition and definition.name not in generation.held.failed else []
+
+
 def _devices(plan: Plan) -> list[Message]:
     """The device files of the host that the pocket may use: its worker makes its own of the same numbers."""
     found = []
@@ -147,6 +152,7 @@ def orders(
         "threads": (plan.definition.threads if plan.definition else None) or processors(plan.limits),
         "defined": plan.definition is not None,
         "cold": bool(plan.definition and plan.definition.cold),
+        "preload": _preload(generation, plan.definition) if mode == "client" else [],
         **(more or {}),
     }
     return memory.sealed(wire.pack(told), "orders")

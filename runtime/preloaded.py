@@ -6,7 +6,6 @@ directory and output are each session's own. What they print meanwhile stands in
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import sys
@@ -66,12 +65,8 @@ class Preloaded(Held):
         return models.pages_of_first_calls(self.template.models)
 
     def preload(self, name: str) -> None:
-        """Import a module, or call a "module:function" without arguments."""
         try:
-            if ":" in name:
-                session.find(name)()
-            else:
-                importlib.import_module(name)
+            session.preload(name)
         except recorded.Refused as e:
             self.fail(f"{name}: {e}")
         except BaseException as e:

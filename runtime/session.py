@@ -56,6 +56,13 @@ def serve(
     `runtime` and `models` are as runtime.interface says; `directory` is where the pocket's own modules and files are.
     `orders`: pocketd's word about the pocket, for the hint at a failure for want of a right.
     """
+    if os.fsdecode(directory) not in sys.path[:1]:
+        sys.path.insert(0, os.fsdecode(directory))
+    for name in (orders or {}).get("preload", ()):
+        try:
+            preload(name)
+        except (Exception, SystemExit):
+            traceback.print_exc()  # into the service's log; what needs it fails by itself, as where it cannot be held
     code = Session(sock, runtime, models, os.fsdecode(directory), orders).run()
     sock.close()
     return code
@@ -88,8 +95,6 @@ class Session:
         self._resting = True
 
     def run(self) -> int:
-        if self._directory not in sys.path[:1]:
-            sys.path.insert(0, self._directory)
         described = [self._describe(n) for n in range(len(self._models))]
         try:
             wire.send(
@@ -305,6 +310,14 @@ class Session:
         if not current:
             return
         self._cancelled = {id for id in self._cancelled if id > current}
+
+
+def preload(name: str) -> None:
+    """Import a module, or call a "module:function" without arguments."""
+    if ":" in name:
+        find(name)()
+    else:
+        importlib.import_module(name)
 
 
 def find(target: Any) -> Callable[..., Any]:

@@ -104,6 +104,21 @@ def test_sessions_come_the_long_way_until_it_is_held_and_are_the_same(preload):
     assert ask(pocket, "app:add", 1) == ask(pocket, "app:add", 1, way=None) == 1
 
 
+def test_a_session_that_comes_the_long_way_has_what_is_preloaded(preload):
+    source = "MODEL = None\ndef ready():\n    global MODEL\n    MODEL = [1, 2]\ndef find(x): return x in MODEL\n"
+    pocket = preload(source, ["app", "app:ready"])
+    assert ask(pocket, "app:find", 2, way="root") is True
+    pocket.wait_held()
+    assert ask(pocket, "app:find", 2) is True
+
+
+def test_a_session_goes_on_where_what_is_preloaded_fails(preload):
+    """As programs go on that cannot be held. Until that is known each tries, and its log says why."""
+    pocket = preload("def ready(): raise ValueError('no camera')\ndef find(x): return x\n", ["app:ready"])
+    assert ask(pocket, "app:find", 2, way="root") == 2
+    assert wait_for(lambda: "no camera" in (pocket.pocketd.state_dir / "services/plain.log").read_text())
+
+
 def test_what_a_session_has_of_its_own(preload, tmp_path, monkeypatch):
     """Environment, directory, streams, arguments, id; and its host name is its pocket's."""
     pocket = preload(
