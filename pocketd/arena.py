@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from typing import Dict, List, Optional, Tuple
 
 from nsutil import memory
@@ -21,6 +22,8 @@ MAX_ARENAS = 64
 FIRST_ARENA = 1 << 20
 # New arenas double until here; a single tensor may be larger than this.
 LARGEST_STEP = 1 << 28
+# Memory of free ranges goes back to the kernel when that much of it, in ranges of that much, has rested so long.
+RESTING, RANGE, REST = 32 << 20, 1 << 20, 1.0  # bytes, bytes, seconds
 
 
 class Arena:
@@ -107,8 +110,8 @@ class Heap:
     """One's own arenas, and what is free in them.
 
     A freed range waits in a bin of its exact size, so that a loop over tensors of the same shapes allocates in constant
-    time and touches the same pages; bins are merged back only when nothing else fits. A wholly free arena is given up
-    when another of at least its size remains.
+    time and touches the same pages; bins are merged back when nothing else fits, and when much has been free for long
+    (`relax`). A wholly free arena is given up when another of at least its size remains.
     """
 
     def __init__(self, first: int):
@@ -121,6 +124,9 @@ class Heap:
         self._used: Dict[Tuple[int, int], int] = {}
         self._bins: Dict[int, List[Tuple[int, int]]] = {}
         self._free: Dict[int, List[Tuple[int, int]]] = {}
+        self.resting = 0
+        """Bytes that were freed, not used again, and not given back to the kernel."""
+        self._moved = 0.0  # when a large range was allocated or freed last
 
     def allocate(self, nbytes: int) -> Tuple[Arena, int]:
         """An arena and the offset in it of `nbytes` bytes, aligned. Raises BadTensor when no arena can be made."""
@@ -131,6 +137,8 @@ class Heap:
             self._merge()
             place = self._carve(size) or self._grow(size)
         self._used[place] = size
+        self.resting = max(0, self.resting - size)
+        self._move(size)
         return self.arenas[place[0]], place[1]
 
     def free(self, id: int, offset: int) -> None:
@@ -139,6 +147,26 @@ class Heap:
         if size is None:
             raise BadTensor("a range was freed that is not in use")
         self._bins.setdefault(size, []).append((id, offset))
+        self.resting += size
+        self._move(size)
+
+    def _move(self, size: int) -> None:
+        if size >= RANGE:
+            self._moved = time.monotonic()
+
+    def relax(self, rest: float = REST) -> None:
+        """Give the kernel back what large ranges that have been free for `rest` seconds hold; they stay ours, and read
+        as zeros. madvise(2), MADV_REMOVE: of a memfd's pages, for both who map it."""
+        if self.resting < RESTING or time.monotonic() - self._moved < rest:
+            return
+        self.resting = 0
+        self._merge()
+        for id, ranges in self._free.items():
+            for offset, length in ranges:
+                first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+                length = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE - first
+                if length >= RANGE:
+                    self.arenas[id].map.madvise(mmap.MADV_REMOVE, first, length)
 
     def close(self) -> None:
         """Let go of everything; nothing is allocated any more. Mappings go with their last view."""

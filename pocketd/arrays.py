@@ -26,6 +26,11 @@ def is_array(value: Any) -> bool:
     return np is not None and isinstance(value, np.ndarray)
 
 
+def is_masked(array: Any) -> bool:
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(array, ma.MaskedArray)
+
+
 def scalar(value: Any) -> Any:
     """A numpy scalar as a Python number; anything else as it is."""
     np = sys.modules.get("numpy")
@@ -40,6 +45,8 @@ def store(heap: Heap, value: Any) -> Optional[Handle]:
     np = sys.modules.get("numpy")
     if np is not None and isinstance(value, np.ndarray):
         dtype = value.dtype
+        if is_masked(value):
+            raise BadTensor("a masked array cannot travel, for its mask would not; pass its filled(), or data and mask")
         name = _OF_NUMPY.get(dtype) or _name(dtype)
         arena, offset = heap.allocate(value.nbytes)
         view(np, arena, offset, name, value.shape)[...] = value

@@ -105,6 +105,7 @@ class Session:
                     body, fds = messages.receive(self._sock)
                 except BlockingIOError:  # SO_RCVTIMEO, socket(7): it costs a busy session nothing
                     memory.trim()  # what the last call left in the allocator goes back, when none comes for a while
+                    self._heap.relax(0.0)
                     self._wait_for(_FOREVER)
                     continue
                 if self._resting:

@@ -25,7 +25,7 @@ from typing import Any, Deque, Dict, List, Optional, Tuple
 from nsutil import messages
 from nsutil.messages import Fds, MessageError
 from pocketd import arrays, tensors, wire
-from pocketd.arena import Arenas, Heap
+from pocketd.arena import RESTING, Arenas, Heap
 from pocketd.client import errors
 from pocketd.client.tensor import Block, Tensor, view_of
 from pocketd.values import Format
@@ -74,6 +74,8 @@ class Core:
                 "this session belongs to the process that this one was forked from; log in again"
             )
         frees = self._collect() if self._freed else []
+        if self._heap.resting >= RESTING:
+            self._heap.relax()
         self._last = id = self._last + 1
         message["v"] = wire.OLDEST
         message["id"] = id

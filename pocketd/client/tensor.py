@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Deque, Iterable, Optional, Tuple
 
-from pocketd import tensors
+from pocketd import arrays, tensors
 from pocketd.arena import Arena
 from pocketd.client import errors
 
@@ -126,7 +126,10 @@ class Tensor:
 
 
 def view_of(array: Any, arenas: Iterable[Arena]) -> Optional[tensors.Handle]:
-    """The handle of a numpy array that lies in one of these arenas, or None when it does not or is not aligned."""
+    """The handle of a numpy array that lies in one of these arenas; None when it does not, or what travels is not what
+    lies there: it is not aligned, of the other byte order, or masked."""
+    if not array.dtype.isnative or arrays.is_masked(array):
+        return None
     interface = array.__array_interface__
     address = interface["data"][0]
     for arena in arenas:

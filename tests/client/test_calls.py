@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from pocketd.client import BadTensor, BadValue, RemoteError, Session, SessionClosed, Tensor, UnknownModel
 from pocketd.tensors import DTYPES
+from tests.conftest import wait_for
 
 PLAIN = [
     None, True, 0, -1, 2**63, 1.5, "é", "", b"\0x", [], {}, (),
@@ -76,6 +78,23 @@ def test_arrays_are_copied_in_whatever_their_layout(session: Session) -> None:
     for array in (a, a.T, a[::2, ::-1], a[:, 1], np.float32(2), np.ones((2, 2), np.float64)):
         [b] = session.call("detector:echo", array)
         assert np.array_equal(np.asarray(b), array)
+
+
+def test_a_view_of_a_tensor_in_the_other_byte_order_is_what_it_says(session: Session) -> None:
+    tensor = session.tensor((3,), "int32")
+    view = tensor.numpy().view(">i4")
+    view[...] = [10, 20, 30]
+    [found] = session.call("detector:echo", view)
+    assert np.asarray(found).tolist() == [10, 20, 30]
+
+
+def test_a_mask_is_not_dropped(session: Session) -> None:
+    masked = np.ma.array([1, 2, 3], mask=[False, True, False])
+    for array in (masked, np.ma.array(session.tensor((3,), "int32").numpy(), mask=True)):
+        with pytest.raises(BadTensor, match="mask"):
+            session.call("detector:echo", array)
+    [found] = session.call("detector:echo", masked.filled(7))
+    assert np.asarray(found).tolist() == [1, 7, 3]
 
 
 def test_a_view_of_a_tensor_goes_without_a_copy(session: Session) -> None:
@@ -142,6 +161,30 @@ def test_arenas_that_are_empty_are_given_up(session: Session) -> None:
         session.call("detector:echo", np.zeros(n << 20, np.uint8))
     session.call("detector:echo", np.zeros(1, np.uint8))
     assert mapped(session.pid) <= 4  # the pages of an arena go once neither side maps it
+
+
+def test_memory_that_rests_is_given_back_by_both_sides(session: Session) -> None:
+    sent = [session.tensor((40 << 20,), "uint8") for _ in range(3)]
+    for tensor in sent:
+        tensor.numpy()[...] = 1
+    [got] = session.call("detector:echo", [np.zeros(100 << 20, np.uint8)])
+    assert held(os.getpid()) > 200 << 20
+    del sent, tensor, got
+
+    def given_back() -> bool:
+        session.call("detector:echo", 1)
+        return held(os.getpid()) < 20 << 20
+
+    assert wait_for(given_back)
+
+
+def held(pid: int) -> int:
+    """Bytes of arenas that a process has mapped and that are in memory."""
+    found, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        ours = "memfd:arena" in line if re.match(r"[0-9a-f]+-", line) else ours
+        found += int(line.split()[1]) << 10 if ours and line.startswith("Rss:") else 0
+    return found
 
 
 def mapped(pid: int | None) -> int:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from pocketd.arena import FIRST_ARENA, Heap
+from pocketd.arena import FIRST_ARENA, Arena, Heap
 from pocketd.tensors import ALIGNMENT, BadTensor
 
 
@@ -82,3 +82,23 @@ def test_an_empty_arena_goes_when_a_larger_one_is_there() -> None:
 def test_a_tensor_larger_than_all_memory_is_an_error() -> None:
     with pytest.raises(BadTensor):
         Heap(1).allocate(1 << 50)
+
+
+def place_of(allocated: tuple[Arena, int]) -> tuple[int, int]:
+    return allocated[0].id, allocated[1]
+
+
+def test_what_rests_goes_back_to_the_kernel_and_what_is_in_use_stays() -> None:
+    heap, size = Heap(1), 16 << 20
+    heap.free(*place_of(heap.allocate(4 * size)))  # one arena for all
+    places = [heap.allocate(size) for _ in range(4)]
+    take(heap)
+    for arena, offset in places:
+        arena.map[offset : offset + size] = b"x" * size
+    for arena, offset in places[1:]:
+        heap.free(arena.id, offset)
+    heap.relax(rest=1e6)
+    assert all(arena.map[offset] for arena, offset in places)
+    heap.relax(rest=0.0)
+    assert [arena.map[offset + at] for arena, offset in places for at in (0, size - 1)] == [ord("x")] * 2 + [0] * 6
+    assert heap.allocate(3 * size)[1] % ALIGNMENT == 0 and not heap.dropped

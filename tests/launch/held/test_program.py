@@ -471,11 +471,11 @@ def test_what_is_mounted_beneath_scratch_is_kept(hold, tmp_path, rehearse):
     assert pocket.warm()["rehearsed"] is bool(rehearse)
     tmp = f"/proc/{pocket.template}/root/tmp"
     places = [tmp_path / "a", tmp_path / "b", pocket.place / "out"]
-    written = {f"before-{n}" for n in range(3)}
-    for place, name in zip(places, written):
+    written = [f"before-{n}" for n in range(3)]
+    for place, name in zip(places, written, strict=True):
         (place / name).touch()
     for n in range(3):
         assert pocket.from_held(f"{n}").status == 0
         assert wait_for(lambda: "theirs" not in os.listdir(tmp))
-    for place, name in zip(places, written):
+    for place, name in zip(places, written, strict=True):
         assert {*os.listdir(place)} == {name, "0", "1", "2"}

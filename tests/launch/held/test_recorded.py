@@ -322,7 +322,9 @@ def test_a_function_of_tensorflow_that_was_traced_before(hold):
 
 def test_runs_that_it_refuses_cost_a_template_nothing(hold):
     """Of the leaf of one that went another way init may hear nothing: pocketd removes it."""
-    pocket = hold("import os, sys\nmode = os.environ.get('MODE')\ndef main(): print(mode, sys.argv[1:])\nmain()\n", "main")
+    pocket = hold(
+        "import os, sys\nmode = os.environ.get('MODE')\ndef main(): print(mode, sys.argv[1:])\nmain()\n", "main"
+    )
     pocket.warm()
     template = pocket.template
     for _ in range(12):
