@@ -30,6 +30,7 @@ from runtime import (
     recorded,
     rehearsal,
     remainder,
+    snapshot,
     threads,
     workingset,
 )
@@ -152,7 +153,7 @@ class Checkpointed(Held):
         self.reports = os.memfd_create("pages", os.MFD_CLOEXEC)
         try:
             again = self.remainder(frame)
-            snapshot = rehearsal.Snapshot(self.recorder.tops)
+            before = snapshot.Snapshot(self.recorder.tops)
 
             def become(words: List[str], out: int, err: int) -> None:
                 self.child = True
@@ -180,7 +181,7 @@ class Checkpointed(Held):
                 assert mapping.range
                 ctypes.memmove(mapping.range[0], content, len(content))
             self.make_private()
-            snapshot.restore()
+            before.restore()
             places.clear()
             self.play([], *(spare := rehearsal.capture()))
             for fd in spare:

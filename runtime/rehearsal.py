@@ -9,24 +9,20 @@ runs do, that is tried again with more children before.
 from __future__ import annotations
 
 import atexit
-import gc
 import hashlib
 import math
 import os
-import random
 import re
 import select
 import signal
 import sys
 import threading
 import time
-import warnings
-import weakref
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from nsutil import clone
-from runtime import carried, recorded, seeds
+from runtime import recorded
 
 TIMEOUT = 60.0  # seconds for a run of the sample
 BARE = 10.0  # seconds for one without arguments, which most programs end at once
@@ -140,155 +136,6 @@ def _unlike(a: bytes, b: bytes) -> str:
 
 def _shown(line: bytes) -> str:
     return repr(line[:100].decode(errors="replace"))
-
-
-# -- the interpreter, as it was
-
-
-class Snapshot:
-    """What a rehearsal may change and what is put back after it."""
-
-    def __init__(self, tops: Tuple[str, ...]):
-        self.tops = tops
-        self.names = {name: dict(vars(module)) for name, module in self._own()}
-        self.warned = {name: dict(names.get("__warningregistry__", ())) for name, names in self.names.items()}
-        self.filters = list(warnings.filters)
-        self.collecting = gc.isenabled()
-        self.finalizers = dict(_finalizers())
-        self.modules = set(sys.modules)
-        self.environment = dict(os.environb)
-        self.path = list(sys.path)
-        self.process = carried.state()
-        self.handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
-        self.sys = {name: getattr(sys, name, None) for name in _SYS}
-        self.limit = sys.getrecursionlimit()
-        self.random = states()
-        self.loggers = _loggers()
-
-    def _own(self) -> Iterator[Tuple[str, Any]]:
-        for name, module in list(sys.modules.items()):
-            path = getattr(module, "__file__", None)
-            if name == "__main__" or (isinstance(path, str) and path.startswith(self.tops)):
-                yield name, module
-
-    def restore(self) -> None:
-        for name, module in list(self._own()):
-            if name not in self.modules:
-                del sys.modules[name]  # imported again, by each run
-            elif name in self.names:
-                there, had = vars(module), self.names[name]
-                for key in [key for key in there if key not in had]:
-                    del there[key]
-                there.update(had)
-                if "__warningregistry__" in had:
-                    had["__warningregistry__"].clear()
-                    had["__warningregistry__"].update(self.warned[name])
-        for variable in [variable for variable in os.environb if variable not in self.environment]:
-            del os.environb[variable]
-        for variable, text in self.environment.items():
-            if os.environb.get(variable) != text:
-                os.environb[variable] = text
-        sys.path[:] = self.path
-        carried.put(carried.differing(self.process, carried.state()))
-        warnings.filters[:] = self.filters  # type: ignore[index]
-        warnings._filters_mutated()  # type: ignore[attr-defined]
-        for finalizer in [f for f in _finalizers() if f not in self.finalizers]:
-            finalizer.detach()
-        (gc.enable if self.collecting else gc.disable)()
-        for number, handler in self.handlers.items():
-            if handler is not None and signal.getsignal(number) is not handler and number not in _FIXED:
-                signal.signal(number, handler)
-        for name, value in self.sys.items():
-            setattr(sys, name, value)
-        sys.setrecursionlimit(self.limit)
-        _put_loggers(self.loggers)
-        gc.collect()
-        put_back(self.random)
-
-
-_LOGGER = ("level", "propagate", "disabled", "handlers", "filters")
-
-
-def _loggers() -> Dict[Any, Dict[str, Any]]:
-    """What is set of each logger that there is, the root's too: what a program says by logging.basicConfig is said of
-    the process, and only where nothing has been said yet."""
-    logging = sys.modules.get("logging")
-    if not logging:
-        return {}
-    known = (logging.root, *logging.root.manager.loggerDict.values())
-    loggers = [logger for logger in known if isinstance(logger, logging.Logger)]  # others only hold a place
-    return {logger: {name: _copy(vars(logger)[name]) for name in _LOGGER} for logger in loggers}
-
-
-def _copy(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
-
-
-def _put_loggers(known: Dict[Any, Dict[str, Any]]) -> None:
-    for logger in _loggers():
-        had = known.get(logger, _NEW)
-        for name, value in had.items():
-            if isinstance(value, list):
-                getattr(logger, name)[:] = value
-            else:
-                setattr(logger, name, value)
-        logger.manager._clear_cache()
-
-
-_NEW = {"level": 0, "propagate": True, "disabled": False, "handlers": [], "filters": []}
-
-
-def _finalizers() -> Any:
-    return weakref.finalize._registry  # type: ignore[attr-defined]
-
-
-_SYS = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
-_FIXED = (signal.SIGKILL, signal.SIGSTOP)
-
-
-def states() -> Dict[str, Any]:
-    """Of every global random generator of this process, its state."""
-    found: Dict[str, Any] = {"random": random.getstate()}
-    numpy_random, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
-    if numpy_random:
-        found["numpy"] = numpy_random.get_state()
-    if torch:
-        found["torch"] = torch.get_rng_state()
-    context = _context()
-    if context is not None:
-        rng = getattr(context, "_rng", None)
-        found["tensorflow"] = (context._seed, rng.getstate() if rng else None)
-    found["own"] = [(g, g._bit_generator.state) for g in seeds.generators()]
-    found["own random"] = [(g, g.getstate()) for g in seeds.own_randoms()]
-    found["keras"] = [(g, g.state.numpy()) for g in seeds.layers()]
-    return found
-
-
-def put_back(found: Dict[str, Any]) -> None:
-    random.setstate(found["random"])
-    if "numpy" in found:
-        sys.modules["numpy.random"].set_state(found["numpy"])
-    if "torch" in found:
-        sys.modules["torch"].set_rng_state(found["torch"])
-    for g, state in found["own"]:
-        g._bit_generator.state = state
-    for g, state in found["own random"]:
-        g.setstate(state)
-    for g, state in found["keras"]:
-        g.state.assign(state)
-    context = _context()
-    if context is not None and "tensorflow" in found:
-        seed, state = found["tensorflow"]
-        context._seed = seed
-        if state is not None:
-            context._rng.setstate(state)
-        elif getattr(context, "_rng", None) is not None and seed is None:
-            context._rng = None
-
-
-def _context() -> Any:
-    module = sys.modules.get("tensorflow.python.eager.context")
-    return module.context_safe() if module else None
 
 
 # -- files
