@@ -7,6 +7,7 @@ each run prints again.
 from __future__ import annotations
 
 import builtins
+import contextvars
 import ctypes
 import functools
 import gc
@@ -153,7 +154,7 @@ class Checkpointed(Held):
         self.reports = os.memfd_create("pages", os.MFD_CLOEXEC)
         try:
             again = self.remainder(frame)
-            before = snapshot.Snapshot(self.recorder.tops)
+            before = snapshot.Snapshot(self.recorder.tops, remainder.names(frame), self.seeds.operations)
 
             def become(words: List[str], out: int, err: int) -> None:
                 self.child = True
@@ -181,7 +182,9 @@ class Checkpointed(Held):
                 assert mapping.range
                 ctypes.memmove(mapping.range[0], content, len(content))
             self.make_private()
-            before.restore()
+            changed = before.restore()
+            if changed:
+                raise rehearsal.Failed(f"it changes {changed}, which cannot be put back")
             places.clear()
             self.play([], *(spare := rehearsal.capture()))
             for fd in spare:
@@ -264,7 +267,7 @@ class Checkpointed(Held):
         try:
             ends.begin()
             self.begin()
-            again()
+            contextvars.copy_context().run(again)
             self.end_forked(0)
         except rehearsal.Over:
             self.end_forked(0)

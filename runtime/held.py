@@ -226,6 +226,7 @@ class Held:
 
     def try_fork(self) -> None:
         """Whether it can be forked shows now, not in each run."""
+        noticed = rehearsal.unnoticed()
         try:
             child = clone.live_fork()
         except clone.CloneError as e:
@@ -233,9 +234,10 @@ class Held:
         if child is None:
             os._exit(0)
         select.select([child.pidfd], [], [])
-        with suppress(ChildProcessError):  # a handler of its program's has, or it ignores SIGCHLD
+        with suppress(ChildProcessError):  # a thread of its program has
             os.waitpid(child.pid, 0)
         os.close(child.pidfd)
+        noticed()
 
     def say_ready(self, privatized: List[str]) -> None:
         r = self.recorder

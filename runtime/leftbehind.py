@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from typing import Set, Tuple
+import time
+from typing import Any, Set, Tuple
 
 from nsutil import clone
 
@@ -17,6 +18,7 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
     descriptors that are not looked at."""
     if "asyncio" in sys.modules and sys.modules["asyncio"]._get_running_loop() is not None:
         return "a running asyncio loop", ()
+    settle_children()
     if has_children():
         return f"child processes ({children()})", ()
     if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
@@ -34,6 +36,16 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
 
 def is_written(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def settle_children(seconds: float = 1.0) -> None:
+    """Wait for those that subprocess has still to wait for, of which nobody asked how they ended: os.popen(...).read()
+    leaves one that is about to end."""
+    subprocess: Any = sys.modules.get("subprocess")
+    end = time.monotonic() + seconds
+    while subprocess and getattr(subprocess, "_active", None) and time.monotonic() < end:
+        subprocess._cleanup()
+        time.sleep(0.01)
 
 
 def has_children() -> bool:

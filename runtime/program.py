@@ -138,6 +138,7 @@ def put_packages_first(directory: str) -> None:
 
 def fail(e: BaseException) -> int:
     """What the interpreter does about an exception that nobody caught; returns the exit status."""
+    strip(e)  # else its traceback and our own frame hold each other, and with them what the program's lines held
     if isinstance(e, SystemExit):
         return exit_status(e)
     code = report(e)
@@ -170,6 +171,8 @@ def report(e: BaseException) -> int:
         return 1
     except SystemExit as exit:
         return exit_status(exit)
+    except recorded.Ours:
+        raise
     except BaseException as f:
         failure = f
     strip(failure)

@@ -73,13 +73,15 @@ class Proof(NamedTuple):
     def difference(self, after: Outcome) -> Optional[str]:
         """The first thing in which a run from the rehearsed template is not as from the other one."""
         first = self.before[0]
+        if after.status != first.status:
+            said = after.err.strip().splitlines()[-1:] if after.status else []
+            words = f"; the last that it said is {_shown(said[0])}" if said else ""
+            return f"its exit status is {after.status} instead of {first.status}{words}"
         for name in ("out", "err"):
             given = [getattr(outcome, name) for outcome in (*self.before, after)]
             if not _alike(given, self.endless):
                 stream = {"out": "standard output", "err": "standard error"}[name]
                 return f"its {stream} is not the same: {_unlike(given[0], given[-1])}"
-        if after.status != first.status:
-            return f"its exit status is {after.status} instead of {first.status}"
         of_all = [path for path in first.files if all(path in o.files for o in self.before)]
         for path in of_all:
             known = [o.files[path] for o in self.before]
@@ -227,11 +229,14 @@ def trial(places: Places, become: Callable[[int, int], None], seconds: float = T
     Raises Failed when it takes too long.
     """
     out, err = capture()
+    noticed = unnoticed()
     try:
         child = clone.live_fork()
     except OSError as e:
+        noticed()
         raise Failed(f"the template could not fork: {e}") from None
     if child is None:
+        noticed()
         become(out, err)
         return None
     try:
@@ -244,7 +249,17 @@ def trial(places: Places, become: Callable[[int, int], None], seconds: float = T
     finally:
         for fd in (out, err, child.pidfd):
             os.close(fd)
+        noticed()
         places.clear()
+
+
+def unnoticed() -> Callable[[], object]:
+    """Let children of ours end without a word to a handler of the program's; gives what undoes that."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if handler in (None, signal.SIG_DFL):
+        return lambda: None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return lambda: signal.signal(signal.SIGCHLD, handler)
 
 
 def _last(fd: int) -> str:
@@ -258,9 +273,7 @@ def _wait(child: clone.Child, seconds: float) -> int:
     try:
         return _ended(child, seconds)
     except ChildProcessError:
-        raise Failed(
-            "the program ignores SIGCHLD, or waits for all children in a handler of it: how the sample ended is lost"
-        ) from None
+        raise Failed("a thread of the program waits for all children: how the sample ended is lost") from None
 
 
 def _ended(child: clone.Child, seconds: float) -> int:
@@ -304,7 +317,7 @@ class Until:
         def write(text: str) -> Any:
             done = plain(text)
             stream.flush()
-            if "\n" in text and threading.current_thread() is threading.main_thread():
+            if "\n" in text and threading.current_thread() is threading.main_thread() and _has_a_caller():
                 raise Over
             return done
 
@@ -315,6 +328,14 @@ class Until:
         for undo in self._undo:
             undo()
         self._undo.clear()
+
+
+def _has_a_caller() -> bool:
+    """Whether a line of the program printed it: the interpreter, which shows a traceback, is not interrupted."""
+    try:
+        return os.path.dirname(sys._getframe(2).f_code.co_filename) != os.path.dirname(__file__)
+    except ValueError:
+        return False
 
 
 def _over(*_: object) -> None:

@@ -10,7 +10,7 @@ import ast
 import inspect
 import types
 import warnings
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 Body = List[ast.stmt]
 _NOT_A_SECOND_TIME = (
@@ -85,14 +85,23 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
                 rest = rest[1:]  # it would become the docstring
             whole = code(rest, path, flags)
             return lambda: exec(whole, frame.f_globals)
-        there = frame.f_locals
-        known = dict(there)
-        if type(there) is dict:  # before Python 3.13 the frame keeps it, and with it what each run lets go of
-            there.clear()
+        known = names(frame)
         made = _function(found, list(known), path, flags, frame.f_globals)
     except Exception as e:  # what a part of a function's text can be, there are many rules for
         raise CannotRepeat(f"what follows cannot be run by itself, so it is not rehearsed: {e}") from None
     return lambda: made(**known)
+
+
+def names(frame: Any) -> Dict[str, Any]:
+    """Those of a function, by now; none of the top level, whose names are its module's."""
+    there = frame.f_locals
+    if there is frame.f_globals:
+        return {}
+    known = dict(there)
+    if type(there) is dict:  # before Python 3.13 the frame keeps it, and with it what each run lets go of
+        for name in frame.f_code.co_varnames:
+            there.pop(name, None)
+    return known
 
 
 def _is_of(running: types.CodeType, function: Optional[ast.FunctionDef]) -> bool:

@@ -27,7 +27,8 @@ _SETTERS: Dict[str, Tuple[Tuple[str, ...], str]] = {
 _instance: random.Random = random._inst  # whose methods are the module's functions
 _KERAS = "keras.src.random.seed_generator"
 _DATASETS = "tensorflow.python.data.util.random_seed"
-_WATCHED = (*_SETTERS, _KERAS, STREAMS, _DATASETS)
+_OPERATIONS = "tensorflow.python.framework.random_seed"
+_WATCHED = (*_SETTERS, _KERAS, STREAMS, _DATASETS, _OPERATIONS)
 
 
 class Seeds:
@@ -45,6 +46,7 @@ class Seeds:
         self._streams: List[Any] = []  # TensorFlow's Generators, the same
         self._keys: Set[int] = set()  # theirs when they were made
         self._datasets = 0  # that draw, and were made without a seed
+        self.operations = 0  # of TensorFlow, that were given a seed: each has a state from then on
         self._context: Any = None
         self._begun = 0.0
         self._finder = _Finder(self._watch)
@@ -142,7 +144,12 @@ class Seeds:
         self._set(random, "setstate", restored)
 
     def _watch(self, module: Any) -> None:
-        others = {_KERAS: self._keras, STREAMS: self._tensorflow, _DATASETS: self._data}
+        others = {
+            _KERAS: self._keras,
+            STREAMS: self._tensorflow,
+            _DATASETS: self._data,
+            _OPERATIONS: self.count_operations,
+        }
         if module.__name__ in others:
             others[module.__name__](module)
             return
@@ -194,6 +201,25 @@ class Seeds:
             return plain(seed)
 
         self._set(module, "get_seed", get_seed)
+
+    def count_operations(self, module: Any) -> None:
+        plain = module.get_seed
+        asked = getattr(plain, "plain", plain)  # beneath randomness.renew's
+
+        def get_seed(op_seed: Any) -> Any:
+            found = asked(op_seed)
+            if found == (None, None):
+                return plain(op_seed)
+            self.operations += 1
+            return found
+
+        self._set(module, "get_seed", get_seed)
+
+    def watch_operations(self) -> None:
+        """Watch those alone, until `end`."""
+        module = sys.modules.get(_OPERATIONS)
+        if module:
+            self.count_operations(module)
 
 
 def drawn_from_clock(seed: Any, ago: float = 0.0) -> bool:

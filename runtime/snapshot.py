@@ -13,17 +13,24 @@ import signal
 import sys
 import warnings
 import weakref
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
-from runtime import carried, seeds
+from runtime import carried, seeds, settings, state
 
 
 class Snapshot:
-    """What a rehearsal may change and what is put back after it."""
+    """What a rehearsal may change and what is put back after it. `tops`: where the program's own files are; `local`:
+    names of the function that it stands in; `drawn`: how many operations of TensorFlow it has given a seed so far."""
 
-    def __init__(self, tops: Tuple[str, ...]):
+    def __init__(self, tops: Tuple[str, ...], local: Mapping[str, Any], drawn: int):
         self.tops = tops
         self.names = {name: dict(vars(module)) for name, module in self._own()}
+        self.own = frozenset((*self.names, "__main__"))
+        self.state = state.State(self.own.__contains__, [*self.names.items(), ("", dict(local))])
+        self.settings = settings.Settings()
+        self.drawn = drawn
+        self.operations = seeds.Seeds()
+        self.operations.watch_operations()
         self.warned = {name: dict(names.get("__warningregistry__", ())) for name, names in self.names.items()}
         self.filters = list(warnings.filters)
         self.collecting = gc.isenabled()
@@ -44,18 +51,24 @@ class Snapshot:
             if name == "__main__" or (isinstance(path, str) and path.startswith(self.tops)):
                 yield name, module
 
-    def restore(self) -> None:
+    def restore(self) -> Optional[str]:
+        """Put back all of it. What cannot be, in words; None where there is nothing."""
         for name, module in list(self._own()):
             if name not in self.modules:
                 del sys.modules[name]  # imported again, by each run
             elif name in self.names:
                 there, had = vars(module), self.names[name]
+                had = {**had, **state.warm_names(had, there, self.own.__contains__)}
                 for key in [key for key in there if key not in had]:
                     del there[key]
                 there.update(had)
                 if "__warningregistry__" in had:
                     had["__warningregistry__"].clear()
                     had["__warningregistry__"].update(self.warned[name])
+        self.operations.end()
+        left = self.state.restore()
+        self.settings.restore()
+        del self.state, self.settings
         for variable in [variable for variable in os.environb if variable not in self.environment]:
             del os.environb[variable]
         for variable, text in self.environment.items():
@@ -77,6 +90,12 @@ class Snapshot:
         _put_loggers(self.loggers)
         gc.collect()
         put_back(self.random)
+        if not self.operations.operations:
+            return left
+        if self.drawn:
+            return left or "the state of operations of TensorFlow that have a seed, as some before its checkpoint have"
+        _forget_kernels()
+        return left
 
 
 _LOGGER = ("level", "propagate", "disabled", "handlers", "filters")
@@ -115,7 +134,16 @@ def _finalizers() -> Any:
     return weakref.finalize._registry  # type: ignore[attr-defined]
 
 
-_SYS = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
+_SYS = (
+    "stdin",
+    "stdout",
+    "stderr",
+    "excepthook",
+    "displayhook",
+    "unraisablehook",
+    "breakpointhook",
+    "dont_write_bytecode",
+)
 _FIXED = (signal.SIGKILL, signal.SIGSTOP)
 
 
@@ -143,20 +171,27 @@ def put_back(found: Dict[str, Any]) -> None:
         sys.modules["numpy.random"].set_state(found["numpy"])
     if "torch" in found:
         sys.modules["torch"].set_rng_state(found["torch"])
-    for g, state in found["own"]:
-        g._bit_generator.state = state
-    for g, state in found["own random"]:
-        g.setstate(state)
-    for g, state in found["keras"]:
-        g.state.assign(state)
+    for g, drawn in found["own"]:
+        g._bit_generator.state = drawn
+    for g, drawn in found["own random"]:
+        g.setstate(drawn)
+    for g, drawn in found["keras"]:
+        g.state.assign(drawn)
     context = _context()
     if context is not None and "tensorflow" in found:
-        seed, state = found["tensorflow"]
+        seed, drawn = found["tensorflow"]
         context._seed = seed
-        if state is not None:
-            context._rng.setstate(state)
+        if drawn is not None:
+            context._rng.setstate(drawn)
         elif getattr(context, "_rng", None) is not None and seed is None:
             context._rng = None
+
+
+def _forget_kernels() -> None:
+    """As tf.random.set_seed() does: an operation with a seed that has run has a kernel, which has a state."""
+    context, bound = _context(), sys.modules.get("tensorflow.python.pywrap_tfe")
+    if bound and context is not None and context._context_handle is not None:
+        bound.TFE_ContextClearCaches(context._context_handle)
 
 
 def _context() -> Any:

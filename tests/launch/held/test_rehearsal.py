@@ -83,18 +83,14 @@ CLEAN = {
     "a list": "seen = []\nhere = None\nseen.append(1)\nprint(seen)\n",
     "a module's attribute": "import string\nhere = None\nprint(getattr(string, 'mine', 0))\nstring.mine = 1\n",
     "a builtin": "import builtins\nhere = None\nprint(hasattr(builtins, 'mine'))\nbuiltins.mine = 1\n",
+    "a list in a library's object": "import string\nkept = string.Template('')\nkept.seen = []\nhere = None\nkept.seen.append(1)\nprint(kept.seen)\n",
 }  # fmt: skip
 # What a rehearsal leaves behind, so that these are held without one: none may print anything else than under Python.
-TRACES = {
-    "a list",
-    "a module's attribute",
-    "a builtin",
-    "a generator",
-    "a closed stream",
-    "an open file",
-    "a daemon thread",
-    "a decimal context",
-}
+TRACES = {"a list in a library's object", "a generator", "a closed stream", "an open file", "a daemon thread"}
+
+
+# Where a rehearsal's trace is not looked for, since a library may keep there what it has warmed.
+HIDDEN = "import string\nkept = string.Template('')\nkept.seen = []\n"
 
 
 @pytest.mark.parametrize("what", CLEAN)
@@ -114,7 +110,7 @@ def test_it_leaves_no_trace(hold, what):
 
 def test_a_trace_is_shown(hold):
     pocket = hold(
-        "import sys\nseen = []\ndef main():\n    seen.append(sys.argv[1])\n    print(len(seen), seen)\nmain()\n",
+        f"import sys\n{HIDDEN}def main():\n    kept.seen.append(sys.argv[1])\n    print(len(kept.seen), kept.seen)\nmain()\n",
         "main",
         rehearse=["s.jpg"],
     )
@@ -134,7 +130,7 @@ FAILS = {
     "a status": ("sys.exit(3)", "the sample ended with status 3"),
     "an error": ("{}['k']", "KeyError: 'k'"),
     "a signal": ("import os; os.kill(os.getpid(), 9)", "status -9"),
-    "a socket left": ("import socket; s = socket.socket(); keep.append(s)", "socket"),
+    "a socket left": ("import socket; s = socket.socket(); kept.seen.append(s)", "socket"),
     "a child left": ("import subprocess; subprocess.Popen(['sleep', '600'])", "child processes"),
     "an end of its process": ("import os; os._exit(0)", "the template ended"),
     "its arguments missing": ("print(sys.argv[2])", "IndexError"),
@@ -149,7 +145,7 @@ FAILS = {
 def test_a_rehearsal_that_fails_is_told_and_the_pocket_held_without(hold, what):
     source, words = FAILS[what]
     pocket = hold(
-        f"import sys\nkeep = []\nhere = None\nif sys.argv[1] == 's':\n    {source}\nprint('on', sys.argv)\n",
+        f"import sys\n{HIDDEN}here = None\nif sys.argv[1] == 's':\n    {source}\nprint('on', sys.argv)\n",
         "here =",
         rehearse=["s"],
     )
@@ -160,7 +156,7 @@ def test_a_rehearsal_that_fails_is_told_and_the_pocket_held_without(hold, what):
 
 KEPT = {
     "a cache": "@functools.cache\ndef words():\n    return parser.parse_args()\n",
-    "a class": "class Kept: it = None\ndef words():\n    Kept.it = Kept.it or parser.parse_args()\n    return Kept.it\n",
+    "a library's object": f"{HIDDEN}kept.it = None\ndef words():\n    kept.it = kept.it or parser.parse_args()\n    return kept.it\n",
 }
 
 
@@ -223,7 +219,7 @@ def test_what_it_writes_is_thrown_away(hold, base):
 
 def test_files_that_differ_are_told(hold):
     pocket = hold(
-        "import sys\nseen = []\nhere = None\nseen.append(1)\nopen('/pocket/out/count', 'w').write(str(len(seen)))\n",
+        f"{HIDDEN}here = None\nkept.seen.append(1)\nopen('/pocket/out/count', 'w').write(str(len(kept.seen)))\n",
         "here =", rehearse=["s"], allow={"write": ["out"]},
     )  # fmt: skip
     facts = pocket.warm()
@@ -275,8 +271,8 @@ def test_a_loop_is_rehearsed_until(hold, until):
 def test_a_trace_is_found_in_a_loop(hold):
     """As far as both have come they have to say the same."""
     pocket = hold(
-        LOOP.replace("n = 0", "n = len(seen)\n    seen.append(1)").replace(
-            "import pocketd", "import pocketd\nseen = []"
+        LOOP.replace("n = 0", "n = len(kept.seen)\n    kept.seen.append(1)").replace(
+            "import pocketd", f"import pocketd\n{HIDDEN}"
         ),
         "main()",
         rehearse=["s"],
@@ -416,10 +412,12 @@ main()
 """
 
 
-@pytest.mark.parametrize("extra, rehearsed", [("'x', object()", True), ("seen.append(1) or len(seen)", False)])
+@pytest.mark.parametrize(
+    "extra, rehearsed", [("'x', object()", True), ("kept.seen.append(1) or len(kept.seen)", False)]
+)
 def test_times_that_a_program_prints_are_not_compared(hold, extra, rehearsed):
     """As model.predict() does; nor where an object lies."""
-    pocket = hold(f"seen = []{TIMED.replace('EXTRA', extra)}", "main", rehearse=["s"])
+    pocket = hold(f"{HIDDEN}{TIMED.replace('EXTRA', extra)}", "main", rehearse=["s"])
     warm = pocket.warm()
     assert warm["rehearsed"] is rehearsed
     left_out = "its output has times or addresses in it, which the rehearsal's proof left out"
@@ -438,7 +436,11 @@ BY_ITSELF = {
     "what it writes": "open('/pocket/out/log', 'a').write(f'{time.time_ns()}\\n')",
     "random arrays": "import numpy; print(numpy.random.rand(3, 3)); print(numpy.random.default_rng().normal(size=4).tolist())",
 }  # fmt: skip
-DIFFERENT = "import os, random, sys, tempfile, time\nCHANCE, WORDS = random.SystemRandom(), [f'w{n}' for n in range(1000)]\nseen = []\nhere = None\n"
+DIFFERENT = (
+    "import os, random, sys, tempfile, time\nCHANCE, WORDS = random.SystemRandom(), [f'w{n}' for n in range(1000)]\n"
+    + HIDDEN
+    + "here = None\n"
+)
 
 
 def different(hold, what, rest):
@@ -457,7 +459,7 @@ def test_of_what_no_two_runs_do_the_same_the_rest_is_compared(hold, what):
 
 @pytest.mark.parametrize("what", BY_ITSELF)
 def test_a_trace_is_found_beside_what_no_two_runs_do_the_same(hold, what):
-    pocket = different(hold, what, "seen.append(0)\nprint(len(seen))")
+    pocket = different(hold, what, "kept.seen.append(0)\nprint(len(kept.seen))")
     warm = pocket.warm()
     assert warm["rehearsed"] is False and "is not the same" in warm["not_rehearsed"]
     assert pocket.from_held("a").out.splitlines()[-1] == b"1"

@@ -1,0 +1,369 @@
+"""What a program has made by its checkpoint: what a rehearsal changes in it is put back, or else named.
+
+Seen is what can be reached from the program's own names through containers, objects of its own classes, functions and
+classes; arrays, and TensorFlow's variables wherever they are. Objects of libraries are left as the rehearsal has warmed
+them, and so is what was None, or not there, and holds one now: it is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import gc
+import itertools
+import operator
+import sys
+import types
+import weakref
+import zlib
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+_MOST = 200_000  # objects
+_COPIED = 64 << 20  # bytes of arrays, and of variables, that are kept to be put back; of others a checksum
+_DEEP = 3  # levels at which a library's object is looked for in what a cache holds
+
+Names = Dict[str, Any]
+
+
+class _Kind(NamedTuple):
+    look: Callable[[Any], Any]  # what it holds now, shallow
+    same: Callable[[Any, Any], bool]
+    put: Optional[Callable[[Any, Any], object]] = None  # None: it cannot be put back
+
+
+class State:
+    """`own(name)`: whether a module of that name is the program's; `roots`: its namespaces, by what they are called."""
+
+    def __init__(self, own: Callable[[str], bool], roots: Iterable[Tuple[str, Names]]):
+        self._own = own
+        self._pieces: List[Tuple[str, Any, _Kind, Any]] = []
+        self._seen: Set[int] = set()
+        self._copied = 0
+        self._variables = _Variables()
+        waiting = [(name, value) for _, names in roots for name, value in list(names.items())]
+        while waiting and len(self._seen) < _MOST:
+            label, thing = waiting.pop()
+            if id(thing) in self._seen or type(thing) in _PLAIN:
+                continue
+            self._seen.add(id(thing))
+            waiting += [(label, inner) for inner in self._take(label, thing)]
+        self.whole = not waiting
+
+    def _take(self, label: str, thing: Any) -> Iterator[Any]:
+        """Note what it holds; gives what is to be looked at next."""
+        kind = type(thing)
+        if kind in (tuple, frozenset):
+            yield from thing
+        elif kind is functools.partial:
+            yield from (thing.func, *thing.args, *thing.keywords.values())
+        elif kind is types.MethodType:
+            yield from (thing.__self__, thing.__func__)
+        elif kind is types.FunctionType:
+            if self._own(thing.__module__ or ""):
+                self._keep(label, thing, _FUNCTION)
+                yield from (*vars(thing).values(), *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+                yield from thing.__closure__ or ()
+        elif kind is types.CellType:
+            yield from self._keep(label, thing, _CELL)
+        elif isinstance(thing, type):
+            if self._own(thing.__module__):
+                yield from self._keep(label, thing, _CLASS).values()
+        elif isinstance(thing, _array_type()):
+            self._take_array(label, thing)
+        else:
+            yield from self._take_object(label, thing)
+
+    def _take_object(self, label: str, thing: Any) -> Iterator[Any]:
+        for base, piece in _CONTAINERS.items():
+            if isinstance(thing, base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
+                held = self._keep(label, thing, piece)
+                yield from itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held
+        if self._is_plain(type(thing)):
+            if hasattr(thing, "__dict__"):
+                yield from self._keep(label, thing, _ATTRIBUTES).values()
+            slots = _slots(type(thing))
+            if slots:
+                yield from self._keep(label, thing, _SLOTS).values()
+        elif _place(thing) is not None:
+            self._keep(label, thing, _ITERATOR)
+
+    def _keep(self, label: str, thing: Any, kind: _Kind) -> Any:
+        held = kind.look(thing)
+        self._pieces.append((label, thing, kind, held))
+        return held
+
+    def _take_array(self, label: str, array: Any) -> None:
+        if not array.flags.writeable or array.dtype.hasobject or type(array).__name__ == "memmap":
+            return
+        self._copied += array.nbytes
+        self._keep(label, array, _ARRAY if self._copied <= _COPIED else _LARGE_ARRAY)
+
+    def _is_plain(self, kind: type) -> bool:
+        """Whether all of its objects is the program's, or of the standard library's classes that only hold things."""
+        return (self._own(kind.__module__) or kind in _HOLDERS) and all(
+            self._own(base.__module__) or base in _HOLDERS or base in _CONTAINERS or base.__module__ in _BASES
+            for base in kind.__mro__
+        )
+
+    def restore(self) -> Optional[str]:
+        """Put back what is not as it was. What cannot be, in words; None where there is nothing."""
+        failed = None
+        for label, thing, kind, held in self._pieces:
+            now = kind.look(thing)
+            if kind.same(held, now):
+                continue
+            wanted = _with_warmth(held, now, self._own) if isinstance(held, dict) else held
+            if kind.same(wanted, now):
+                continue
+            try:
+                if kind.put is None:
+                    raise TypeError
+                kind.put(thing, wanted)
+            except Exception:
+                failed = failed or f"{label}, or what it holds, of type {type(thing).__name__}"
+        return failed or self._variables.restore()
+
+
+def warm_names(held: Names, now: Names, own: Callable[[str], bool]) -> Names:
+    """Names of a module that were None and are now what was loaded at its first use."""
+    return {
+        name: now[name] for name, value in held.items() if value is None and name in now and _is_warm(now[name], own)
+    }
+
+
+def _with_warmth(held: Dict[Any, Any], now: Dict[Any, Any], own: Callable[[str], bool]) -> Dict[Any, Any]:
+    """What was there, with what has been loaded at its first use where there was nothing."""
+    return {**held, **{k: v for k, v in now.items() if held.get(k) is None and v is not None and _is_warm(v, own)}}
+
+
+def _is_warm(value: Any, own: Callable[[str], bool], deep: int = _DEEP) -> bool:
+    """Whether it is a library's object, or holds one; an array or a tensor is no more than a result."""
+    kind = type(value)
+    if kind in _PLAIN or hasattr(kind, "__array__") or hasattr(kind, "__array_interface__") or not deep:
+        return False
+    if kind in (list, tuple):
+        return any(_is_warm(item, own, deep - 1) for item in value[:100])
+    if kind is dict:
+        return any(_is_warm(item, own, deep - 1) for item in itertools.islice(value.values(), 100))
+    if own(kind.__module__):
+        return any(_is_warm(item, own, deep - 1) for item in list(getattr(value, "__dict__", {}).values()))
+    return not is_standard(kind.__module__) and not isinstance(value, (type, types.ModuleType))
+
+
+def is_standard(module: str) -> bool:
+    top = module.partition(".")[0]
+    return top in getattr(sys, "stdlib_module_names", ()) or top in sys.builtin_module_names or top == "builtins"
+
+
+# -- kinds of things
+
+
+def _identical(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _identical_pairs(a: Dict[Any, Any], b: Dict[Any, Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b)) and all(map(operator.is_, a.values(), b.values()))
+
+
+def _put_list(thing: Any, held: Any) -> None:
+    list.__setitem__(thing, slice(None), held)
+
+
+def _put_by(clear: Any, fill: Any) -> Callable[[Any, Any], None]:
+    def put(thing: Any, held: Any) -> None:
+        clear(thing)
+        fill(thing, held)
+
+    return put
+
+
+def _put_attributes(thing: Any, held: Names) -> None:
+    there = thing.__dict__
+    there.clear()
+    there.update(held)
+
+
+def _slots(kind: type) -> Dict[str, Any]:
+    """Members that lie in its objects, by name."""
+    found = {}
+    for base in kind.__mro__:
+        found.update({k: v for k, v in vars(base).items() if type(v) is types.MemberDescriptorType})
+    return found
+
+
+def _look_slots(thing: Any) -> Names:
+    found = {}
+    for name, member in _slots(type(thing)).items():
+        try:
+            found[name] = member.__get__(thing)
+        except AttributeError:
+            pass
+    return found
+
+
+def _put_slots(thing: Any, held: Names) -> None:
+    for name, member in _slots(type(thing)).items():
+        if name in held:
+            member.__set__(thing, held[name])
+        elif name in _look_slots(thing):
+            member.__delete__(thing)
+
+
+def _look_class(kind: Any) -> Names:
+    return {k: v for k, v in vars(kind).items() if type(v) not in _DESCRIPTORS}
+
+
+def _put_class(kind: Any, held: Names) -> None:
+    now = _look_class(kind)
+    for name in [name for name in now if name not in held]:
+        type.__delattr__(kind, name)
+    for name, value in held.items():
+        if now.get(name, held) is not value:
+            type.__setattr__(kind, name, value)
+
+
+def _look_function(function: Any) -> Names:
+    return {**vars(function), "(defaults)": function.__defaults__, "(keywords)": function.__kwdefaults__}
+
+
+def _put_function(function: Any, held: Names) -> None:
+    attributes = dict(held)
+    function.__defaults__, function.__kwdefaults__ = attributes.pop("(defaults)"), attributes.pop("(keywords)")
+    _put_attributes(function, attributes)
+
+
+def _look_cell(cell: Any) -> Tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:
+        return ()
+
+
+def _put_cell(cell: Any, held: Tuple[Any, ...]) -> None:
+    if held:
+        cell.cell_contents = held[0]
+    else:
+        del cell.cell_contents
+
+
+def _place(thing: Any) -> Any:
+    """How far an iterator is; None of what is none, or does not tell."""
+    if type(thing) is itertools.count:
+        return repr(thing)
+    if type(thing) is types.GeneratorType:
+        return -1 if thing.gi_frame is None else thing.gi_frame.f_lasti
+    return thing.__length_hint__() if type(thing) in _ITERATORS else None
+
+
+def _put_array(array: Any, held: Any) -> None:
+    array[...] = held
+
+
+def _checksum(array: Any) -> int:
+    return zlib.crc32(array.data if array.flags.c_contiguous else array.tobytes())
+
+
+def _array_type() -> Tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    return (numpy.ndarray,) if numpy else ()
+
+
+_PLAIN = {int, float, bool, complex, str, bytes, type(None), type(Ellipsis), range, slice, types.ModuleType}
+_FUNCTION = _Kind(_look_function, _identical_pairs, _put_function)
+_CELL = _Kind(_look_cell, _identical, _put_cell)
+_CLASS = _Kind(_look_class, _identical_pairs, _put_class)
+_ATTRIBUTES = _Kind(lambda thing: dict(thing.__dict__), _identical_pairs, _put_attributes)
+_SLOTS = _Kind(_look_slots, _identical_pairs, _put_slots)
+_ITERATOR = _Kind(_place, operator.eq)
+_ARRAY = _Kind(lambda array: array.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
+_LARGE_ARRAY = _Kind(_checksum, operator.eq)
+_PAIRS = _Kind(dict, _identical_pairs, _put_by(dict.clear, dict.update))
+_CONTAINERS: Dict[type, _Kind] = {
+    list: _Kind(lambda thing: list(list.__iter__(thing)), _identical, _put_list),
+    collections.OrderedDict: _Kind(
+        dict, _identical_pairs, _put_by(collections.OrderedDict.clear, collections.OrderedDict.update)
+    ),
+    dict: _PAIRS,
+    collections.defaultdict: _PAIRS,
+    collections.Counter: _PAIRS,
+    set: _Kind(lambda thing: list(set.__iter__(thing)), _identical, _put_by(set.clear, set.update)),
+    collections.deque: _Kind(list, _identical, _put_by(collections.deque.clear, collections.deque.extend)),
+    bytearray: _Kind(bytes, operator.eq, lambda thing, held: bytearray.__setitem__(thing, slice(None), held)),
+}
+_MADE: Tuple[Any, ...] = ([], (), {}, set(), b"", range(0), collections.deque())
+_ITERATORS = {type(iter(made)) for made in _MADE}
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
+_BASES = ("builtins", "abc", "typing", "enum", "collections.abc", "_collections_abc")  # of them objects hold nothing
+
+
+def _holders() -> Set[type]:
+    """Of the standard library, in Python, whose objects hold what a program gives them."""
+    import argparse
+    import queue
+    import threading
+
+    return {
+        *(types.SimpleNamespace, argparse.Namespace, enum.Enum),
+        *(collections.UserDict, collections.UserList, collections.ChainMap),
+        *(queue.Queue, queue.LifoQueue, queue.PriorityQueue),
+        *(threading.Event, threading.Condition, threading.Semaphore, threading.BoundedSemaphore),
+    }
+
+
+_HOLDERS = _holders()
+
+
+# -- TensorFlow's variables
+
+
+class _Variables:
+    """What all of them hold: Keras' weights, statistics and metrics among them."""
+
+    def __init__(self) -> None:
+        self._known: Dict[int, Tuple[Any, Any, int]] = {}  # a weak reference, a copy where it is kept, a checksum
+        copied = 0
+        for variable in _variables():
+            value = _value(variable)
+            copied += 0 if value is None else value.nbytes
+            kept = value.copy() if value is not None and copied <= _COPIED else None
+            self._known[id(variable)] = weakref.ref(variable), kept, _sum(value)
+
+    def restore(self) -> Optional[str]:
+        changed = made = 0
+        for variable in _variables() if self._known else ():
+            known = self._known.get(id(variable))
+            if known is None or known[0]() is not variable:
+                made += 1
+                continue
+            if _sum(_value(variable)) == known[2]:
+                continue
+            changed += 1
+            if known[1] is None:
+                return f"the variable {variable.name} of TensorFlow"
+            variable.assign(known[1])
+        if changed and made:
+            return f"{changed} variables of TensorFlow, and makes {made} new ones beside them, as an optimizer does"
+        return None
+
+
+def _variables() -> List[Any]:
+    module = sys.modules.get("tensorflow.python.ops.resource_variable_ops")
+    if module is None:
+        return []
+    gc.collect()
+    return [o for o in gc.get_objects() if isinstance(o, module.BaseResourceVariable)]
+
+
+def _sum(value: Any) -> int:
+    return -1 if value is None else _checksum(value)
+
+
+def _value(variable: Any) -> Any:
+    """As an array, without the copy that numpy() makes; None where it has none, or it does not lie in memory here."""
+    try:
+        value = sys.modules["numpy"].asarray(variable.read_value()._numpy())
+        return None if value.dtype.hasobject else value
+    except Exception:
+        return None

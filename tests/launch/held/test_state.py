@@ -1,0 +1,192 @@
+"""What a rehearsal changes of what was made before it is as it was in each run, also where its sample does not show it."""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import pytest
+
+# What each job does to what is there by the checkpoint, and what a run says of it that is asked to.
+CHANGES = {
+    "a list": ("it = [1]", "it.append(2)", "it"),
+    "a list in a list": ("it = [[1], []]", "it[1].append(it[0]); it[0] += [3]", "it"),
+    "a dict": ("it = {'a': 1}", "it['a'] += 1; it['b'] = 2; del it['a']", "it"),
+    "a set": ("it = {1, 2}", "it.add(3); it.discard(1)", "sorted(it)"),
+    "a deque": ("import collections; it = collections.deque([1], 3)", "it.append(2)", "it"),
+    "a defaultdict": ("import collections; it = collections.defaultdict(list)", "it['a'].append(1)", "it"),
+    "a Counter": ("import collections; it = collections.Counter('ab')", "it['a'] += 1", "it"),
+    "an OrderedDict": ("import collections; it = collections.OrderedDict(a=1, b=2)", "it.move_to_end('a')", "it"),
+    "a bytearray": ("it = bytearray(b'ab')", "it.extend(b'c'); it[0] = 0", "it"),
+    "an object": ("class A: n = 0\nit = A()", "it.n += 1; it.more = 2", "vars(it)"),
+    "an object in an object": ("class A: n = 0\nit = A(); it.a = A(); it.a.n = 5", "it.a.n += 1", "vars(it.a)"),
+    "slots": ("class A: __slots__ = 'n', 'm'\nit = A(); it.n = 1", "it.n += 1; it.m = 2", "it.n, hasattr(it, 'm')"),
+    "a dataclass": ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    n: int = 0\nit = A()", "it.n += 1", "it"),
+    "a class's attribute": ("class A: n = 0", "A.n += 1; A.m = 1", "A.n, hasattr(A, 'm')"),
+    "a class's list": ("class A: all = []", "A.all.append(1)", "A.all"),
+    "a list of a subclass": ("class A(list): n = 0\nit = A()", "it.append(1); it.n += 1", "it, it.n"),
+    "a dict of a subclass": ("class A(dict): pass\nit = A()", "it['a'] = 1", "it"),
+    "a function's attribute": ("def f(): pass\nf.n = 0", "f.n += 1", "f.n"),
+    "a default": ("def f(seen=[]): seen.append(1); return len(seen)", "f()", "f()"),
+    "a closure": ("def made():\n    n = 0\n    def f():\n        nonlocal n\n        n += 1\n        return n\n    return f\nf = made()", "f()", "f()"),
+    "a partial's list": ("import functools; f = functools.partial(list.append, [])", "f(1)", "f.args"),
+    "a bound method's object": ("class A:\n    n = 0\n    def f(self): self.n += 1\nf = A().f", "f()", "f.__self__.n"),
+    "a namespace": ("import types; it = types.SimpleNamespace(n=0)", "it.n += 1", "it"),
+    "an event": ("import threading; it = threading.Event()", "it.set()", "it.is_set()"),
+    "a queue": ("import queue; it = queue.Queue()", "it.put(1)", "it.qsize()"),
+    "an array of numpy": ("import numpy; it = numpy.zeros(3)", "it[:] += 1", "it"),
+    "a view of numpy": ("import numpy; it = numpy.arange(12).reshape(3, 4)[::2, 1:]", "it[:] *= 2", "it"),
+    "what was None": ("it = None; a = {'b': None}", "global it; it = [1]; a['b'] = 2", "it, a"),
+    "a context variable": ("import contextvars; it = contextvars.ContextVar('it', default=0)", "it.set(1)", "it.get()"),
+    "a decimal context": ("import decimal", "decimal.getcontext().prec = 5", "decimal.Decimal(1) / 3"),
+    "a switch interval": ("", "sys.setswitchinterval(0.5)", "sys.getswitchinterval()"),
+    "thresholds": ("import gc", "gc.set_threshold(5, 6, 7)", "gc.get_threshold()"),
+    "a stack size": ("import threading", "threading.stack_size(1 << 20)", "threading.stack_size()"),
+    "a socket's time-out": ("import socket", "socket.setdefaulttimeout(5)", "socket.getdefaulttimeout()"),
+    "logging switched off": ("import logging", "logging.disable(50)", "logging.root.manager.disable"),
+    "a level's name": ("import logging", "logging.addLevelName(5, 'FINE')", "logging.getLevelName(5)"),
+    "fields of csv": ("import csv", "csv.field_size_limit(9); csv.register_dialect('d')", "csv.field_size_limit(), csv.list_dialects()"),
+    "a kind of file": ("import mimetypes", "mimetypes.add_type('a/b', '.abc')", "mimetypes.guess_type('x.abc')"),
+    "a directory for temporary files": ("import tempfile", "tempfile.tempdir = '/dev/shm'", "tempfile.gettempdir()"),
+    "a builtin": ("import gettext", "gettext.install('x')", "'_' in dir(__builtins__)"),
+    "bytecode": ("", "sys.dont_write_bytecode = not sys.dont_write_bytecode", "sys.dont_write_bytecode"),
+    "a hook for threads": ("import threading", "threading.excepthook = print", "threading.excepthook is print"),
+    "a finder": ("", "sys.meta_path.insert(0, None)", "None in sys.meta_path"),
+    "a module's name": ("import json", "json.loads = None", "json.loads is None"),
+    "how processes start": ("import multiprocessing", "multiprocessing.set_start_method('spawn', force=True)", "multiprocessing.get_start_method()"),
+    "numpy's printing": ("import numpy", "numpy.set_printoptions(precision=2)", "numpy.array([1 / 3])"),
+    "numpy's errors": ("import numpy", "numpy.seterr(divide='raise')", "numpy.geterr()['divide']"),
+}  # fmt: skip
+JOBS = """
+import sys
+{before}
+def work():
+    {change}
+def main():
+    for word in sys.argv[1:]:
+        if word == "show":
+            print({shown})
+        else:
+            work()
+    print("done", len(sys.argv))
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_sample_changes_and_does_not_show_is_as_it_was(hold, what):
+    before, change, shown = CHANGES[what]
+    pocket = hold(JOBS.format(before=before, change=change, shown=shown), "main()", rehearse=["job"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    for words in (["show"], ["show", "job", "show"], ["show", "job", "job", "show"]):
+        pocket.same(*words)
+
+
+NOT_PUT_BACK = {
+    "an itertools.count": ("import itertools; it = itertools.count(1)", "next(it)", "count"),
+    "a list's iterator": ("it = iter([1, 2, 3])", "next(it)", "list_iterator"),
+    "a generator": ("it = (n for n in [1, 2, 3])", "next(it)", "generator"),
+    "an iterator in an object": ("class A: pass\nit = A(); it.numbers = iter([1, 2, 3])", "next(it.numbers)", "list_iterator"),
+    "a large array": ("import numpy; it = numpy.zeros((9 << 20,))", "it[:] += 1", "ndarray"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_PUT_BACK)
+def test_what_cannot_be_put_back_is_named(hold, what):
+    before, change, kind = NOT_PUT_BACK[what]
+    pocket = hold(JOBS.format(before=before, change=change, shown="it"), "main()", rehearse=["job"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False
+    assert f"it changes it, or what it holds, of type {kind}, which cannot be put back" in facts["not_rehearsed"]
+    pocket.same("job", "job")
+
+
+def test_names_of_a_function_that_it_stands_in(hold):
+    source = "import sys\ndef main():\n    seen = []\n    exec('more = 5')\n    here = None\n    seen.append(1)\n    if 'show' in sys.argv:\n        print(seen, locals().get('more'))\n    print('done')\nmain()\n"
+    pocket = hold(source, "app.py:5", rehearse=["job"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.same("show").out == b"[1] 5\ndone\n"
+
+
+LOADED = """
+import string, sys
+class Lazy:
+    tool = None
+    def get(self):
+        if self.tool is None:
+            print("loading", file=sys.stderr)
+            self.tool = string_like()
+        return self.tool
+cache, one, lazy = {}, None, Lazy()
+def string_like():
+    import msgpack
+    return msgpack.Packer()
+def load():
+    global one
+    if one is None:
+        print("loading", file=sys.stderr)
+        one = string_like()
+    if "it" not in cache:
+        print("loading", file=sys.stderr)
+        cache["it"] = string_like()
+    return lazy.get()
+def main():
+    load().pack(1)
+    cache["answer"] = sys.argv[1:]
+    print("done", sorted(cache))
+main()
+"""
+
+
+def test_what_a_library_has_loaded_at_its_first_use_stays(hold):
+    """A global that was None, a place in a dict, an attribute: each run has it, and what else was put there not."""
+    pocket = hold(LOADED, "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "standard error is not the same" in facts["not_rehearsed"]
+    pocket = hold(LOADED.replace('print("loading", file=sys.stderr)', "pass"), "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.same("a").out == b"done ['answer', 'it']\n"
+
+
+# -- TensorFlow
+
+KERAS = """
+import sys, numpy as np, keras, tensorflow as tf
+keras.utils.set_random_seed(1)
+m = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
+count, x, y = tf.Variable(0), np.arange(32).reshape(8, 4) / 32, np.ones((8, 2))
+mean = keras.metrics.Mean()
+m.compile({optimizer!r}, "mse")
+def main():
+    for word in sys.argv[1:]:
+        if word == "train": m.train_on_batch(x, y)
+        if word == "count": count.assign_add(1); mean.update_state(3.0); m(x, training=True)
+        if word == "draw": print(tf.random.normal((2,)).numpy(), tf.random.uniform((1,), seed=2).numpy())
+        if word == "use": tf.random.normal((2,)); tf.random.uniform((1,), seed=2)
+        if word == "name": print(keras.layers.Dense(1).name)
+        if word == "make": keras.layers.Dense(1)
+        if word == "show":
+            print(float(np.sum(m(x))), float(np.sum(m.layers[0].moving_mean)), int(count), float(mean.result()))
+    print("done", len(sys.argv))
+main()
+"""
+
+
+@pytest.mark.parametrize("sample, words", [("count", "show"), ("use", "draw"), ("make", "name")])
+def test_tensorflows_state_is_put_back(hold, sample, words):
+    """Variables, what operations with a seed have drawn, names that Keras gives."""
+    pocket = hold(KERAS.format(optimizer="sgd"), "main()", rehearse=[sample], service="tensorflow")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    expected = pocket.plain(words, sample, words).out
+    assert [pocket.from_held(words, sample, words).out for _ in range(2)] == [expected] * 2
+
+
+def test_a_sample_that_trains_is_not_rehearsed(hold):
+    """An optimizer that it makes new variables of is not as it was, whatever they are set to."""
+    pocket = hold(KERAS.format(optimizer="adam"), "main()", rehearse=["train"], service="tensorflow")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "variables of TensorFlow" in facts["not_rehearsed"], facts
+    assert pocket.from_held("show").out == pocket.plain("show").out
