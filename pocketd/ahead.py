@@ -123,6 +123,7 @@ class Launching:
             if e.code == "outdated":
                 generation.held.outdated(session.pocket, session.note.get("held"), e.message)
             events.emit("launch-not-held", service=generation.name, pocket=session.pocket, why=e.message)
+            self.marks.append((f"refused: {e.message}", time.monotonic()))
             return e.code
         except BaseException:
             await generation.drop_session(session)

@@ -70,6 +70,8 @@ def cool(daemon: Daemon, peer: processes.Peer, name: str) -> Message:
     daemon.check_known(name, peer)
     definition = daemon.config.pockets.get(name)
     if definition is None:
+        if name in daemon.config.invalid:
+            daemon.service(name)  # which says what is wrong with it
         raise Error("not-found", f"there is no pocket {name!r}")
     permissions.check_may_run(definition, peer)
     there = [

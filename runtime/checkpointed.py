@@ -40,7 +40,6 @@ from runtime.held import Held, Words
 _AT_FIRST = (
     b"PYTHONPATH",
     b"PYTHONPYCACHEPREFIX",
-    b"PYTHONDONTWRITEBYTECODE",
     b"PYTHONWARNINGS",
     b"PYTHONFAULTHANDLER",
 )
@@ -64,6 +63,7 @@ class Checkpointed(Held):
         self.line_held = 0  # of the program's top level, which is executing then
         self.compiled: Any = None  # until it is held
         self.program: str = orders["hold"]["program"]
+        self.began_with: Dict[str, str] = {}  # the environment at its first line
 
     # -- up to the checkpoint
 
@@ -81,6 +81,7 @@ class Checkpointed(Held):
         if os.path.isdir(self.program) or not self.program.endswith((".py", ".pyw")) and _is_archive(self.program):
             self.fail("a directory or an archive has no place to be held at; name the file in it that is run")
         interpreter.adopt(start, self.streams.take)
+        self.began_with = dict(os.environ)
         threads.hint(self.orders.get("threads"))
         alone = cold.set_by_program(self.template.runtime, self.template.begin, start)
         if alone:
@@ -368,12 +369,21 @@ class Checkpointed(Held):
         for n in {0, 1, 2} - set(present):
             os.close(n)
         self.adopt(start)
+        self.write_bytecode()
         arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
         self.recorder.fill("argv", [self.program, *arguments])
         self.recorder.fill("orig_argv", [sys.executable, self.program, *arguments])
         processes.set_command_line([os.fsencode(word) for word in sys.orig_argv])
         self.resume(start)
         self.streams.replay()
+
+    def write_bytecode(self) -> None:
+        """As its caller's environment says, unless the program has said so itself."""
+        here, there = (bool(e.get("PYTHONDONTWRITEBYTECODE")) for e in (os.environ, self.began_with))
+        if here != there:
+            interpreter.set_flag("dont_write_bytecode", here)
+            if sys.dont_write_bytecode == there:
+                sys.dont_write_bytecode = here
 
     def apologize(self, error: Error) -> None:
         os.write(2, f"pocket: {error.message}\n".encode())

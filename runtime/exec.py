@@ -9,6 +9,12 @@ from __future__ import annotations
 from typing import Dict, List, Tuple
 
 VARIABLES: Tuple[str, ...] = ()
+
+
+def defaults() -> Dict[str, str]:
+    return {}
+
+
 ENVIRONMENT: Dict[str, str] = {}
 
 

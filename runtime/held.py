@@ -63,7 +63,7 @@ class Held:
         self.talk = talk
         self.orders = orders
         self.log = log  # the service's log, where standard error went until the pocket's code began
-        self.begun = time.monotonic()
+        self.begun = self.came = time.monotonic()
         self.child = False
         self.on_start: List[Callable[[], object]] = []
         self.open_files: Tuple[int, ...] = ()
@@ -153,6 +153,7 @@ class Held:
     def arrive(self) -> None:
         """It has come to where it is held: no more is noted, and what it holds is looked at."""
         self.arrived = True
+        self.came = time.monotonic()
         self.end_watch()
         self.carried.end()
         if self.recorder.refused:  # and what was raised was caught
@@ -244,7 +245,7 @@ class Held:
         os.write(self.log, b"".join(part for parts in self.streams.printed.values() for part in parts))
         said = {
             "op": "ready",
-            "seconds": time.monotonic() - self.begun,
+            "seconds": self.came - self.begun,
             "threads": len(os.listdir("/proc/self/task")),
             "privatized": privatized[:32],
             "variables": sorted(os.fsdecode(name) for name in r.variables)[:100],

@@ -2,6 +2,7 @@
 
 VARIABLES               fnmatch patterns of the environment variables that it reads when it is imported
 ENVIRONMENT             variables that its templates start with, unless the service's definition has them
+defaults()              of those variables, what it has gone by where they are not set, as far as it tells
 preload(names)          import it, so that everything after is quick; nothing that a plain fork would lose
 load_file(path)         a Model from a file or directory by the framework's own loader
 adopt_object(object)    a Model of what a factory made, or None when it is nothing special to this runtime
@@ -10,7 +11,14 @@ arrays(value)           a framework's tensor as numpy array without a copy where
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Callable, Dict, List, Optional
+
+
+def keras_backend() -> Dict[str, str]:
+    """Which one Keras has, where it is imported. Programs like to say so before they import it."""
+    keras = sys.modules.get("keras.src.backend.config")
+    return {"KERAS_BACKEND": keras.backend()} if keras else {}
 
 
 class Model:

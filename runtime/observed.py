@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from types import CodeType, FrameType
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from pocketd import wire
 from pocketd.wire import Message
@@ -35,20 +35,25 @@ def run(sock: socket.socket, start: Message, orders: Message) -> int:
     directory = orders["directory"]
     tops = tuple(f"{top}/" for top in {directory, os.path.realpath(directory), "/pocket"})
     arguments = [os.fsdecode(a) for a in wire.field(start, "arguments", list, [])]
-    observer = Observer(arguments, tops)
+
+    def say_early() -> None:
+        """For it may be ended by a signal, or end by os._exit."""
+        with suppress(OSError):
+            wire.send(sock, {"op": "observed", "status": None, **observer.proposal(None)}, flags=socket.MSG_DONTWAIT)
+
+    observer = Observer(arguments, tops, say_early)
     code = program.run(start, orders, observer.compile)
     sys.settrace(None)
-    say(sock, {"status": code, **observer.proposal(code)})
+    with suppress(OSError):
+        wire.send(sock, {"op": "observed", "status": code, **observer.proposal(code)}, flags=socket.MSG_DONTWAIT)
+    sock.close()
     return code
 
 
 def run_cold(sock: socket.socket, reason: str) -> None:
     """The program will be executed as a process of its own, of which nothing is seen. `reason`: as `cold` says it."""
-    say(sock, nowhere(f"each run is a process of its own: {reason or 'its definition or its service says so'}"))
-
-
-def say(sock: socket.socket, seen: Message) -> None:
-    wire.send(sock, {"op": "observed", **seen})
+    why = nowhere(f"each run is a process of its own: {reason or 'its definition or its service says so'}")
+    wire.send(sock, {"op": "observed", **why})
     sock.close()
 
 
@@ -60,7 +65,7 @@ class Look(NamedTuple):
     """What the program looked at first, when, and where it was in its own file then, outermost first."""
 
     what: str
-    when: float
+    when: Moment
     places: Tuple[Tuple[CodeType, int], ...]  # what was running, and the line that it was in
     line: str  # for people: FILE, line N
     looping: bool  # an event loop ran, further in than all `places`
@@ -75,11 +80,19 @@ class Offer(NamedTuple):
     rehearsed: bool
 
 
+class Moment(NamedTuple):
+    """When something was, and how much was watched until then, which takes time of its own."""
+
+    when: float
+    lines: int
+    calls: int
+
+
 class Observer:
     """Watches one run of a program with these arguments, from when it is compiled. `tops`: where the pocket's own files
-    are."""
+    are; `told`: called once it has looked."""
 
-    def __init__(self, arguments: List[str], tops: Tuple[str, ...]):
+    def __init__(self, arguments: List[str], tops: Tuple[str, ...], told: Callable[[], None]):
         self.path = ""
         self.source = b""
         self.tops = tops
@@ -87,7 +100,11 @@ class Observer:
         self.begun = 0.0
         self.failed: Optional[str] = None  # why it was not compiled
         self.look: Optional[Look] = None
-        self._reached: Dict[int, float] = {}  # each line of its file, when it was reached first
+        self.input = False  # it has read some
+        self._told = told
+        self._reached: Dict[int, Moment] = {}  # each line of its file, when it was reached first
+        self._lines = self._calls = 0
+        self._costs: Optional[Tuple[float, float]] = None  # seconds for watching a line, and a call
 
     def compile(self, source: bytes, path: str) -> Any:
         try:
@@ -113,12 +130,21 @@ class Observer:
     # -- lines of the program's own file
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self._calls += 1
         return self._line if frame.f_code.co_filename == self.path and self.look is None else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self._lines += 1
         if event == "line" and frame.f_lineno not in self._reached:
-            self._reached[frame.f_lineno] = time.monotonic()
+            self._reached[frame.f_lineno] = Moment(time.monotonic(), self._lines, self._calls)
         return self._line
+
+    def _seconds(self, moment: Moment) -> float:
+        """Since it began, but for what watching took: of a line that is executed often that is most."""
+        if self._costs is None:
+            self._costs = _costs(self.path)
+        line, call = self._costs
+        return max(0.0, moment.when - self.begun - moment.lines * line - moment.calls * call)
 
     # -- the first look
 
@@ -136,8 +162,11 @@ class Observer:
             if frame.f_code.co_filename == self.path:
                 places.append((frame.f_code, frame.f_lineno))
         line = f"{os.path.basename(own.f_code.co_filename)}, line {own.f_lineno}"
-        self.look = Look(what, time.monotonic(), tuple(places), line, loop is not None)
+        self.look = Look(
+            what, Moment(time.monotonic(), self._lines, self._calls), tuple(places), line, loop is not None
+        )
         sys.settrace(None)
+        self._told()
 
     def _heard(self, event: str, arguments: Tuple[Any, ...]) -> None:
         if self.look is not None:
@@ -170,18 +199,21 @@ class Observer:
 
     def _reads(self, plain: Any, *args: Any) -> Any:
         self.looked("standard input")
+        self.input = True
         return plain(*args)
 
     def _reads_descriptor(self, plain: Any, fd: int, size: int) -> Any:
         if fd == 0:
             self.looked("standard input")
+            self.input = True
         return plain(fd, size)
 
     # -- the proposal
 
-    def proposal(self, status: int) -> Message:
-        """What to write into the definition, and what it saves: seconds of the whole run's."""
-        whole = time.monotonic() - self.begun
+    def proposal(self, status: Optional[int]) -> Message:
+        """What to write into the definition, and what it saves: seconds of the whole run's. `status`: None while it
+        runs."""
+        now = Moment(time.monotonic(), self._lines, self._calls)
         if self.failed:
             return nowhere(f"it is no program that Python runs: {self.failed}")
         if not self.begun:
@@ -191,7 +223,7 @@ class Observer:
             return nowhere(f"{ended} looked at anything that is a run's own")
         tree = ast.parse(self.source)
         reached = [(offer, self._reached_by(offer, tree)) for offer in self._offers(tree)]
-        found = [(offer, when - self.begun) for offer, when in reached if when is not None]
+        found = [(offer, self._seconds(when)) for offer, when in reached if when is not None]
         # The simplest place that loses little: the rest of the top level, or a function, can be rehearsed too.
         best = max((saved for _, saved in found), default=0.0)
         if best < _LEAST:
@@ -199,9 +231,9 @@ class Observer:
         offer, saved = next(pair for pair in found if pair[1] >= best * (1 - _WORTH))
         return {
             "checkpoint": offer.where,
-            "rehearse": offer.rehearsed,
+            "rehearse": offer.rehearsed and status == 0 and not self.input,
             "saves": saved,
-            "whole": whole,
+            "whole": self._seconds(now) if status is not None else None,
             "looked": self.look.what,
             "at": self.look.line,
         }
@@ -213,7 +245,7 @@ class Observer:
             return f"{said}, in an event loop, which cannot be held, and before that begins nothing takes time"
         if not found:
             return f"{said}, in a thread or by no line of {self.path}"
-        if self.look.when - self.begun < _LEAST:
+        if self._seconds(self.look.when) < _LEAST:
             return f"{said}, at once"
         return f"{said}, and what takes time before that is in the same statement"
 
@@ -246,7 +278,7 @@ class Observer:
             if len(text[:end].rstrip()) > 3:
                 yield text[:end].rstrip()
 
-    def _reached_by(self, offer: Offer, tree: ast.Module) -> Optional[float]:
+    def _reached_by(self, offer: Offer, tree: ast.Module) -> Optional[Moment]:
         """When the place was reached first. None where it never was, or where its name means another."""
         with suppress(checkpoint.CheckpointError):
             body, at = checkpoint.find(tree, self.source, self.path, offer.where)
@@ -255,6 +287,26 @@ class Observer:
                 lines = range(checkpoint.first_line(statement), (statement.end_lineno or statement.lineno) + 1)
                 return min((self._reached[line] for line in lines if line in self._reached), default=None)
         return None
+
+
+def _costs(path: str, times: int = 20_000) -> Tuple[float, float]:
+    """Seconds that it takes to watch a line, and a call, measured with an observer that counts as one does."""
+    apart = Observer([], (), lambda: None)
+    made: Dict[str, Any] = {}
+    source = "def lines(n):\n for i in range(n): i\ndef call(): pass\ndef calls(n):\n for i in range(n): call()\n"
+    exec(compile(source, path, "exec"), made)
+    found = []
+    for path_of_it, name in ((path, "lines"), ("", "calls")):  # of other files only calls are seen
+        apart.path, apart._lines, apart._calls = path_of_it, 0, 0
+        took = []
+        for trace in (None, apart._called):
+            begun = time.perf_counter()
+            sys.settrace(trace)
+            made[name](times)
+            sys.settrace(None)
+            took.append(time.perf_counter() - begun)
+        found.append(max(0.0, took[1] - took[0]) / max(1, apart._lines if name == "lines" else apart._calls))
+    return found[0], found[1]
 
 
 def _outwards(frame: Optional[FrameType]) -> Iterator[FrameType]:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any, Dict, List, Optional
 
-from runtime.interface import CannotLoad, Model
+from runtime.interface import CannotLoad, Model, keras_backend
 
 # What is preloaded is anybody's choice, so these are the prefixes of all that are commonly read at import.
 VARIABLES = (
@@ -17,6 +17,7 @@ VARIABLES = (
 )  # fmt: skip
 
 ENVIRONMENT: Dict[str, str] = {}
+defaults = keras_backend
 
 
 def preload(names: List[str]) -> None:

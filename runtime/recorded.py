@@ -12,6 +12,8 @@ import gc
 import io
 import locale
 import os
+import re
+import select
 import sys
 from functools import partial
 from types import FrameType
@@ -247,16 +249,21 @@ class Recorder:
             return setlocale(category, name)
 
         self._set(os, "getcwd", directory)
-        for name in ("stat", "lstat", "access"):
+        for name in ("stat", "lstat", "access", "fstat", "readlink"):
             self._looks(name)
+        self._waits()
+        self._terminals()
         self._set(locale, "setlocale", localized)
 
     def _looks(self, name: str) -> None:
-        """Whether there is something of a relative name, and what, depends on the directory. (No audit event tells.)"""
+        """Whether there is something of a relative name, and what, depends on the directory; and what a standard stream
+        is, on its caller. (No audit event tells.)"""
         plain = getattr(os, name)
 
         def looks(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if _active is self and not isinstance(path, int) and kwargs.get("dir_fd") is None:
+            if _active is self and (_STREAM.fullmatch(path) if isinstance(path, str) else path in (0, 1, 2)):
+                self.looks_at_stream(path, sys._getframe(1))
+            elif _active is self and not isinstance(path, int) and kwargs.get("dir_fd") is None:
                 self._named(os.fspath(path))
             return plain(path, *args, **kwargs)
 
@@ -264,6 +271,41 @@ class Recorder:
         for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids):
             if plain in able:
                 able.add(looks)
+
+    def looks_at_stream(self, which: Any, frame: FrameType) -> None:
+        """By a line of the pocket's own. A library that does so makes a stream of its own, as logging does."""
+        while os.path.basename(frame.f_code.co_filename) in _OF_PATHS and frame.f_back:
+            frame = frame.f_back
+        line = self.line(frame, near=True)
+        if line and self.program:
+            self.refuse(f"it looks at what its descriptor {str(which)[-1]} is{line}")
+
+    def _waits(self) -> None:
+        """For standard input, with something in it or at its end by then."""
+        plain = select.select
+
+        def selects(*lists: Any, **kwargs: Any) -> Any:
+            if _active is self and self.program and any(_number(f) == 0 for f in lists[0]):
+                self.refuse(f"it waits for standard input{self.line(sys._getframe(1))}")
+            return plain(*lists, **kwargs)
+
+        self._set(select, "select", selects)
+
+    def _terminals(self) -> None:
+        try:
+            import termios
+        except ImportError:
+            return
+        for name in ("tcgetattr", "tcsetattr"):
+            self._asks(termios, name, getattr(termios, name))
+
+    def _asks(self, termios: Any, name: str, plain: Any) -> None:
+        def asks(fd: Any, *args: Any) -> Any:
+            if _active is self and _number(fd) in (0, 1, 2):
+                self.asked(int(_number(fd)))
+            return plain(fd, *args)
+
+        self._set(termios, name, asks)
 
     def listed(self, path: Any) -> None:
         """A directory's names: those of the one that it is in, if it says none."""
@@ -371,6 +413,8 @@ _BETWEEN = ("os.py", "<frozen os>", "_collections_abc.py", "recorded.py", "obser
 _SIZE = (b"COLUMNS", b"LINES")
 _LOCALE = (b"LC_ALL", b"LC_CTYPE", b"LC_COLLATE", b"LC_TIME", b"LC_MONETARY", b"LC_NUMERIC", b"LC_MESSAGES", b"LANG")
 _INPUT = ("/dev/stdin", "/proc/self/fd/0")
+_STREAM = re.compile(r"/dev/fd/[012]|/proc/(?:self|thread-self|[0-9]+)/fd/[012]")
+_OF_PATHS = ("posixpath.py", "<frozen posixpath>", "genericpath.py", "<frozen genericpath>", "pathlib.py")
 _ARGUMENTS = ("/proc/self/cmdline", "/proc/self/environ")
 # What Python itself does on the way from a pocket's line to us.
 _NOT_FILES = ("/proc/", "/dev/", "/sys/", "/run/pocketd/")
@@ -408,6 +452,14 @@ def own_frame(frame: Optional[FrameType], tops: Tuple[str, ...], near: bool = Fa
                 return None
         frame = frame.f_back
     return None
+
+
+def _number(file: Any) -> int:
+    """Of a descriptor or of what has one; -1 where there is none."""
+    try:
+        return file if isinstance(file, int) else int(file.fileno())
+    except Exception:
+        return -1
 
 
 def is_input(path: Any) -> bool:

@@ -76,8 +76,9 @@ def warm(template: Template) -> None:
                 said = begin.get("named", {}).get(name, source)
                 template.say({"op": "progress", "text": f"loading model {name} ({said})"})
                 template.models[name] = models.load(template.runtime, name, source, said)
-        # What an import itself set (TF2_BEHAVIOR) a caller that imported it too has as well: no difference.
-        begin["environment"] = dict(os.environ)
+        # What an import itself set (TF2_BEHAVIOR) a caller that imported it too has as well, and what it goes by where
+        # nothing is set a caller may say: no difference.
+        begin["environment"] = {**template.runtime.defaults(), **os.environ}
         privatized = clone.privatize_shared_mappings()
         obstacles = clone.inspect({0, 1, 2, template.talk.fileno()})
         refused = [o for o in obstacles if o.remedy == "refuse"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from runtime.interface import CannotLoad, Model
+from runtime.interface import CannotLoad, Model, keras_backend
 
 # TF_CPP_* only filters log lines; a caller that differs in those is still served warm.
-VARIABLES = (
+VARIABLES: Tuple[str, ...] = (
     "TF_[!C]*", "TF_C[!P]*", "TF_CP[!P]*", "TF2_*", "KERAS_*", "XLA_*", "OMP_*", "GOMP_*", "KMP_*", "MKL_*",
     "OPENBLAS_*", "GOTO_*", "BLIS_*", "ONEDNN_*", "DNNL_*", "CUDA_*", "NPY_*", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
 )  # fmt: skip
@@ -21,14 +21,18 @@ VARIABLES = (
 # oneDNN's own allocator keeps what a model's loading and rehearsal needed; the C library's can give it back, so that
 # workers do not carry it.
 ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1"}
+defaults = keras_backend
 
 
 def preload(names: List[str]) -> None:
     """Import TensorFlow, numpy and Keras, and what a script's first lines would still load lazily. Stays uneager."""
+    global VARIABLES
     import keras
     import numpy  # noqa: F401
     import tensorflow as tf
 
+    if not tf.test.is_built_with_cuda():  # scripts like to switch off GPUs by one, which means nothing to it
+        VARIABLES = tuple(pattern for pattern in VARIABLES if pattern != "CUDA_*")
     # Lazy loaders: each of these names costs milliseconds to a script that is the first to say it.
     for module in (tf.keras, keras.applications, keras.saving, tf.compat.v1, tf.data, tf.lite, tf.saved_model):
         dir(module)

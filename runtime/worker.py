@@ -108,6 +108,8 @@ def run(
             if start.get("observe") is True:
                 observed.run_cold(sock, difference)
             sock.close()
+            trace.mark("it becomes a process of its own, which imports everything")
+            trace.print(start.get("trace"))
             cold.run(template.begin, start, difference)
         privileges.dumpable(True)
         if not waited:

@@ -6,6 +6,7 @@ Used by the client library and by the `pocket` command alike.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import time
@@ -17,6 +18,7 @@ from pocketd.client import errors
 
 DEFAULT_RUNTIME_DIR = "/run/pocketd"
 SOCKET = "pocketd.sock"
+SLOW = 0.25  # seconds without an answer
 
 
 def runtime_dir(given: Optional[str] = None) -> str:
@@ -45,11 +47,13 @@ class Control:
         fds: Iterable[int] = (),
         progress: Optional[Callable[[str], None]] = None,
         timeout: Optional[float] = None,
+        slow: Optional[Callable[[], None]] = None,
         **fields: Any,
     ) -> Dict[str, Any]:
         """Make one request and wait for its reply, which is returned as a map.
 
-        The descriptors stay the caller's. `progress` is called with each line that pocketd sends meanwhile. `timeout`
+        The descriptors stay the caller's. `progress` is called with each line that pocketd sends meanwhile, `slow` when
+        nothing has come for a quarter of a second. `timeout`
         is in seconds for the whole call. Raises errors.Timeout, Lost when pocketd ended before it answered, and the
         typed form of whatever error pocketd replies; PocketError for codes without a type.
         """
@@ -62,6 +66,8 @@ class Control:
                 wire.send(self._sock, {"op": op, "id": id, **fields}, fds)
             except BrokenPipeError:
                 pass  # closed on the other side, which may have said why
+            if slow and not select.select([self._sock], [], [], SLOW)[0]:
+                slow()
             while True:
                 self._wait(deadline, op)
                 message, received = wire.receive(self._sock)

@@ -52,6 +52,7 @@ def open_login(
     progress: Optional[Callable[[str], None]] = None,
     timeout: Optional[float] = None,
     patience: float = RESTART,
+    slow: Optional[Callable[[], None]] = None,
     **fields: Any,
 ) -> Login:
     """Log in to the service or pocket called `name` (None: pocketd chooses) and return the session.
@@ -62,7 +63,7 @@ def open_login(
     cannot mean two different ones; None for a pocket that has a definition.
     `fields` go into the request as they are. `timeout` in seconds is for all of it, retries included: when pocketd ends
     in mid-call, the same login is sent to the next one, which attaches to what there is. Without a `timeout` that one
-    may take `patience` seconds to come.
+    may take `patience` seconds to come. `slow` is called when no answer has come for a quarter of a second.
 
     Raises the errors of `Control.call`; LoginRefused for error codes without a type; OSError when `directory` cannot be
     opened.
@@ -94,7 +95,7 @@ def open_login(
                 **fields,
             }
             asked = time.monotonic()
-            reply = ask(control, "login", request, sent, progress, timeout, patience)
+            reply = ask(control, "login", request, sent, progress, timeout, patience, slow)
         stack.pop_all()
         return Login(session, hold, reply, str(request["session"]), asked)
 
@@ -107,6 +108,7 @@ def ask(
     progress: Optional[Callable[[str], None]] = None,
     timeout: Optional[float] = None,
     patience: float = RESTART,
+    slow: Optional[Callable[[], None]] = None,
 ) -> Dict[str, Any]:
     """Make a call that may be made twice, again on the next pocketd when one ends before its reply.
 
@@ -121,9 +123,11 @@ def ask(
             if left is not None and left <= 0:
                 raise lost or errors.Timeout(f"pocketd did not answer {op!r} within {timeout:g} s")
             try:
-                return (again or control).call(op, fds, progress, left, **request)
+                return (again or control).call(op, fds, progress, left, slow, **request)
             except Lost as e:
                 lost = e
+            if slow:
+                slow()
             if again:
                 again.close()
             again = reach(os.path.dirname(control.path), patience if left is None else left, lost)

@@ -109,6 +109,9 @@ def main() -> None:
         sys.exit(run.NOT_FOUND if e.code == "not-found" else run.FAILED)
     except BrokenPipeError:
         os._exit(run.FAILED)
+    except OSError as e:
+        sys.stderr.write(f"pocket: {show.block(str(e))}\n")
+        sys.exit(run.FAILED)
     except KeyboardInterrupt:
         run.die_by(2)
 
@@ -227,6 +230,9 @@ def suggested(words: list[str]) -> NoReturn:
     while rest and rest[0] == "--json":
         as_json = True
         rest.pop(0)
+    if rest[:1] == ["--runtime-dir"] and len(rest) > 1:
+        os.environ["POCKETD_RUNTIME_DIR"] = rest[1]
+        del rest[:2]
     if not rest or rest[0].startswith("-"):
         usage("suggest needs the name of a pocket, and arguments for a run of it")
     suggest.main(rest[0], rest[1:], os.environ.get("POCKETD_RUNTIME_DIR"), as_json)

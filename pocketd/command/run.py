@@ -91,6 +91,8 @@ def parse(words: list[str]) -> Request:
         word = rest.pop(0)
         if word.startswith("--") and "=" in word:
             word, _, given = word.partition("=")
+            if word in ("--cold", "--adopt", "--trace"):
+                raise Usage(f"{word} takes no value")
             rest.insert(0, given)
         if word == "--service":
             r.name = value(word)
@@ -213,11 +215,14 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             hint(r, os.path.realpath(directory), [os.fsdecode(t["target"]) for t in targets])
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _NOT_FORWARDED)
 
-        def waits(text: str) -> None:
+        def waits() -> None:
             """It takes a while, for which nobody who wants to end it should have to wait."""
             if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS - blocked)
+
+        def said(text: str) -> None:
+            waits()
             progress(text)
 
         login = open_login(
@@ -227,7 +232,8 @@ def log_in(control: Control, r: Request, stdio: list[int]) -> Login:
             directory=None if r.pocket else directory,
             start=start,
             fds=[*stdio, *given.listening],
-            progress=waits,
+            progress=said,
+            slow=waits,
             patience=patience,
             shared=given.shared,
             mounts=targets,

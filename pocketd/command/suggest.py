@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from nsutil.messages import MessageError
@@ -22,7 +23,8 @@ def main(name: str, arguments: list[str], runtime_dir: str | None, as_json: bool
     request = run.Request(name=name, pocket=True, arguments=arguments, observe=True)
 
     def ended(login: Login) -> None:
-        text = json.dumps(seen) if (seen := observed(login)) and as_json else words(name, arguments, seen)
+        seen = observed(login)
+        text = json.dumps(seen) if as_json else words(name, arguments, seen)
         os.write(out, f"{text}\n".encode())
 
     with Control(runtime_dir) as control:
@@ -30,24 +32,26 @@ def main(name: str, arguments: list[str], runtime_dir: str | None, as_json: bool
     run.hold(login, ended)
 
 
-def observed(login: Login) -> dict[str, Any] | None:
+def observed(login: Login) -> dict[str, Any]:
+    """What was said last: when the program first looked, or at its end."""
     login.session.setblocking(False)
-    try:
-        message, fds = wire.receive(login.session)
-        fds.close()
-    except (EOFError, OSError, MessageError):
-        return None
-    return {k: v for k, v in message.items() if k not in ("v", "op")} if message.get("op") == "observed" else None
+    seen = {"checkpoint": None, "why": "it ended in a way of its own (os._exit, a signal) before it looked at anything"}
+    with suppress(EOFError, OSError, MessageError):
+        while True:
+            message, fds = wire.receive(login.session)
+            fds.close()
+            if message.get("op") == "observed":
+                seen = {k: v for k, v in message.items() if k not in ("v", "op")}
+    return seen
 
 
-def words(name: str, arguments: list[str], seen: dict[str, Any] | None) -> str:
-    if seen is None:
-        return f"{name} ended in a way of its own (os._exit, a signal), so that nothing was seen of it"
+def words(name: str, arguments: list[str], seen: dict[str, Any]) -> str:
     if not seen["checkpoint"]:
         return f"{name} has no place to be held in: {seen['why']}"
+    of_all = "it ended in a way of its own" if seen["whole"] is None else f"of this run's {seen['whole']:.2f} s"
     lines = [
-        f"# {name} first looks at {seen['looked']} in {seen['at']}; held before that, {seen['saves']:.2f} s of",
-        f"# this run's {seen['whole']:.2f} s are done ahead of time",
+        f"# {name} first looks at {seen['looked']} in {seen['at']}; held before that,",
+        f"# {seen['saves']:.2f} s are done ahead of time ({of_all})",
         f"# (whether it can be held there, says: pocket warm {name})",
         f"checkpoint = {json.dumps(seen['checkpoint'])}",
     ]

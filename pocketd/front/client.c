@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #define MAX_FDS 32
+#define SLOW 250 /* milliseconds without an answer */
 #define MAX_INLINE (32 * 1024)
 #define MAX_BODY (16 * 1024 * 1024)
 #define SEALS (F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
@@ -267,6 +269,8 @@ call(struct control *c, const char *op, const struct writer *body, const int *fd
         fail(f, "failed", "[Errno %d] %s", errno, strerror(errno));
         return REFUSED;
     }
+    struct pollfd polled = {c->sock, POLLIN, 0};
+    if (progress && !poll(&polled, 1, SLOW)) progress((struct part){NULL, 0});
     for (;;) {
         struct part value, text;
         enum received what = receive_message(c->sock, 0, reply, &why);
@@ -296,6 +300,7 @@ static bool ask(struct control *c, const char *op, const struct writer *body, co
     for (;;) {
         enum answer answer = call(c, op, body, fds, count, c->last, progress, reply, f);
         if (answer != LOST) return answer == ANSWERED;
+        if (progress) progress((struct part){NULL, 0});
         if (!reach_again(c, op, f)) return false;
     }
 }

@@ -286,7 +286,7 @@ static void __attribute__((noreturn)) refused(const struct failure *f) {
 /* It takes a while, for which nobody who wants to end it should have to wait. */
 static void progress(struct part text) {
     unblock_ends();
-    if (isatty(2)) say("", text);
+    if (text.size && isatty(2)) say("", text);
 }
 
 void run(struct words *w) {

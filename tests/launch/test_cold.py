@@ -40,7 +40,7 @@ def test_a_variable_that_differs_is_named_once(both):
     ],
 )
 def test_variables_read_at_import_make_a_run_cold(tensorflow, name):
-    value = {"LD_PRELOAD": "", "KERAS_BACKEND": "tensorflow", "PYTHONHASHSEED": "0"}.get(name, "1")
+    value = {"LD_PRELOAD": "", "KERAS_BACKEND": "jax", "PYTHONHASHSEED": "0"}.get(name, "1")
     ended = tensorflow.pocket(
         "-c", f"import os, sys; print(os.environ[{name!r}], 'tensorflow' in sys.modules)", env={name: value}
     )
@@ -58,6 +58,16 @@ def test_other_variables_do_not(tensorflow, name):
         "-c", f"import os, sys; print(os.environ[{name!r}], 'tensorflow' in sys.modules)", env={name: "2"}
     )
     assert (ended.out, ended.err) == (b"2 True\n", b"")
+
+
+@pytest.mark.parametrize("name, value", [("KERAS_BACKEND", "tensorflow"), ("CUDA_VISIBLE_DEVICES", "-1")])
+def test_what_changes_nothing_may_be_said(tensorflow, name, value):
+    """By a caller or by a program: what the service goes by anyway, which GPUs not to use where none can be."""
+    says = f"import os, sys\nos.environ[{name!r}] = {value!r}\n"
+    tensorflow.write("app.py", f"{says}print('tensorflow' in sys.modules)\nimport tensorflow\n")
+    for env in ({}, {name: value}):
+        ended = tensorflow.pocket("app.py", env=env)
+        assert (ended.out, ended.err) == (b"True\n", b"")
 
 
 SETS = {

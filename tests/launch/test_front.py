@@ -134,6 +134,27 @@ def test_a_command_that_waits_for_its_worker_can_be_ended(full, number):
     assert process.wait(TIMEOUT) == -number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_whose_pocketd_does_not_answer_can_be_ended(own_pocketd, number):
+    daemon = own_pocketd(f'[service.plain]\nruntime = "python"\nenv = {toml_table(service_environment())}\n')
+    daemon.pocket("plain", "on")
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        process = daemon.popen("run", "--service=plain", "-c", "print(1)", cwd=daemon.place)
+        assert wait_for(lambda: unblocked(process.pid, number))
+        process.send_signal(number)
+        assert process.wait(TIMEOUT) == -number
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+
+
+def unblocked(pid, number):
+    """Whether a process that had blocked a signal has not any more: it is `pocket`, and waits."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1], 16)
+    return blocked and not blocked >> number - 1 & 1
+
+
 def test_one_that_ignores_a_signal_goes_on_waiting(full):
     process = full.start(stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)

@@ -266,3 +266,37 @@ def test_the_words_are_for_the_definition(hold: Callable[..., Pocket]) -> None:
     pocket = hold(HEAD + f"{SLOW}\nprint(sys.argv[1])\n")
     said = tomllib.loads(pocket.pocketd.pocket("suggest", pocket.name, "a word").stdout)
     assert said == {"checkpoint": "print(", "rehearse": ["a word"]}
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "sys.exit(4)", "sys.stdin.read()"])
+def test_however_it_ends_what_it_looked_at_first_is_told(hold: Callable[..., Pocket], end: str) -> None:
+    """A sample that fails, or reads what it would not have, is none; of what does not end by itself nobody knows."""
+    pocket = hold(f"{HEAD}{SLOW}\nprint(sys.argv[1])\n{end}\n", None)
+    found = suggest(pocket, "word", input="text")
+    assert (found["checkpoint"], found["looked"], found["rehearse"]) == ("print(", "its arguments", False)
+    pocket.pocketd.pocket("suggest", pocket.name, "word", check=False)
+
+
+def test_what_ends_before_it_looks_is_told_too(hold: Callable[..., Pocket]) -> None:
+    found = suggest(hold(f"{HEAD}os._exit(3)\n", None), "word")
+    assert found["checkpoint"] is None and "os._exit" in found["why"]
+
+
+BUSY = """
+import sys, time
+def load():
+    begun, total = time.perf_counter(), 0
+    for i in range(1_000_000):
+        total += i
+    sys.stderr.write(f"took {time.perf_counter() - begun}")
+load()
+print(sys.argv[1])
+"""
+
+
+def test_what_watching_takes_is_not_said_to_be_saved(hold: Callable[..., Pocket]) -> None:
+    """Each line of a program that is watched takes several times as long."""
+    pocket = hold(BUSY, None)
+    done = pocket.pocketd.pocket("suggest", "--json", pocket.name, "word")
+    watched = float(done.stderr.partition("took ")[2].split()[0].partition("word")[0])
+    assert 0 < json.loads(done.stdout)["saves"] < 0.7 * watched
