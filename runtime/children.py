@@ -58,6 +58,7 @@ class Template:
     stderr: int
     request: Any
     pid: int = 0
+    status: Optional[int] = None  # how it ended
     ready: Optional[Message] = None
     files: int = -1  # a memfd that lists what it imported (runtime.imported)
     pause: Optional[clone.Child] = None  # of a pocket's template

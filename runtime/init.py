@@ -478,7 +478,7 @@ class Init(Templates, Holding, Slots, Output):
                 owner = self.pauses.pop(pid)
                 self.over(owner) if isinstance(owner, Session) else self.pause_over(owner)
             elif pid in templates:
-                templates[pid].pid = 0  # its socket tells the rest
+                templates[pid].pid, templates[pid].status = 0, status  # its socket tells the rest
             elif self.spare and pid == self.spare.pid:
                 os.close(self.spare.pidfd)
                 self.spare = None

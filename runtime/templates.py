@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 from typing import Any, Callable, Dict
 
@@ -14,6 +16,7 @@ from runtime.children import Session, Template, output_pipe, start_template
 from runtime.log import Log
 
 LAST = 8192  # bytes of what a program printed that are told with an error
+_ENDING = 20  # milliseconds from a process's last word to its end
 
 
 def last(fd: int) -> bytes:
@@ -38,6 +41,7 @@ class Templates:
     drain_all: Callable[[Template], None]
     end_held: Callable[[Template], None]
     refuse_when_stopping: Callable[[], None]
+    reap: Callable[[], None]
 
     def on_template(self, message: Message, fds: Fds) -> None:
         """Make a template: `command` is executed (a root template), or `parent` is forked (a models template)."""
@@ -139,10 +143,27 @@ class Templates:
         t = self.templates.get(message["template"])
         self.tell({"id": message["id"], "ok": True}, [t.files] if t and t.files >= 0 else [])
 
+    def how_it_ended(self, t: Template) -> str:
+        """ " by SIGSEGV", where that is known by now: it closes its socket a moment before it can be waited for."""
+        if t.pid:
+            pidfd = os.pidfd_open(t.pid)  # not reaped yet, so it is no other's pid
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(_ENDING)
+            os.close(pidfd)
+            self.reap()
+        if t.status is None:
+            return ""
+        if os.WIFSIGNALED(t.status):
+            number = os.WTERMSIG(t.status)
+            return f" by {signal.Signals(number).name if number in map(int, signal.Signals) else f'signal {number}'}"
+        return f" with status {os.WEXITSTATUS(t.status)}"
+
     def lose(self, t: Template) -> None:
         """A template has ended. Its workers live on; launches that wait for it fail."""
         if t.request is not None:
-            self.refuse_template(t, Error("template", "the template ended before it was ready").wire())
+            how = self.how_it_ended(t)
+            self.refuse_template(t, Error("template", f"the template ended{how} before it was ready").wire())
         self.unwatch(t.talk.fileno())
         t.talk.close()
         self.unwatch(t.stderr)

@@ -370,7 +370,14 @@ def test_one_that_does_not_even_answer_is_ended(hold, hurried):
     assert "it was not held after 3 s, and was ended" in said and "written" in said, said
 
 
-@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "import ctypes; ctypes.string_at(0)"])
+ENDS = {
+    "os._exit(3)": "with status 3",
+    "os.kill(os.getpid(), 9)": "by SIGKILL",
+    "import ctypes; ctypes.string_at(0)": "by SIGSEGV",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_output_of_a_program_that_does_not_live_to_its_checkpoint(hold, end):
     said = hold(f"import os\nprint('on the way', flush=True)\n{end}\nhere = None\n", "here =").refused()
-    assert "the template ended before it was ready" in said and "on the way" in said, said
+    assert f"the template ended {ENDS[end]} before it was ready" in said and "on the way" in said, said

@@ -294,7 +294,7 @@ WRONG = {
     "a function that fails": ("def ready():\n    raise ValueError('no weights')\n", ["app:ready"], "ValueError: no weights"),
     "a network that it has not": ("import socket\nsocket.create_connection(('192.0.2.1', 80))\n", ["app"], r"OSError.*(\n.*)*pocket: this pocket has no network; to allow it, as root: pocket allow p\d+ network=host"),
     "an exit": ("import sys\nsys.exit('enough')\n", ["app"], "SystemExit: enough"),
-    "its end": ("import os\nos._exit(3)\n", ["app"], "ended before it was ready"),
+    "its end": ("import os\nos._exit(3)\n", ["app"], "ended with status 3 before it was ready"),
     "the whole environment": ("import os\nenvironment = dict(os.environ)\n", ["app"], "it reads the whole environment in .*app.py, line 2 while it is preloaded; do that in a function"),
     "a descriptor closed": ("import os\nos.close(1)\n", ["app"], "it closes or replaces descriptor 1 while it is preloaded"),
     "much that is printed": ("print('x' * (1 << 21))\n", ["app"], "prints more than 1 MiB while it is preloaded"),
