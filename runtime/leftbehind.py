@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import sys
@@ -26,12 +27,20 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
     timers = [thread.name for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     if timers:
         return f"a running timer ({', '.join(timers)[:200]})", ()
+    if _open_loops():
+        return "an asyncio event loop that is not closed", ()
     found = clone.inspect(keep)
     refused = [str(o) for o in found if o.remedy == "refuse"]
     for o in found:
         if o.remedy == "reopen" and o.fd is not None and is_written(o.fd):
-            refused.append(f"{o}, open for writing")
+            what = " (memory of a Value or Array of multiprocessing)" if "/pym-" in str(o) else ""
+            refused.append(f"{o}{what}, open for writing")
     return "; ".join(refused), tuple(o.fd for o in found if o.remedy == "reopen" and o.fd is not None)
+
+
+def _open_loops() -> bool:
+    base: Any = sys.modules.get("asyncio.base_events")
+    return base is not None and any(isinstance(o, base.BaseEventLoop) and not o.is_closed() for o in gc.get_objects())
 
 
 def is_written(fd: int) -> bool:

@@ -13,6 +13,7 @@ import warnings
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 Body = List[ast.stmt]
+_CLASS = "__class__"  # a name of each method that says super(), by which that finds its class
 _NOT_A_SECOND_TIME = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 )
@@ -76,7 +77,7 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
             "only what follows a statement of the top level or of a function, not within a loop, with or try, can be "
             "rehearsed"
         )
-    if running.co_freevars or running.co_flags & _NOT_A_SECOND_TIME:
+    if set(running.co_freevars) - {_CLASS} or running.co_flags & _NOT_A_SECOND_TIME:
         raise CannotRepeat("what follows in a generator, or in a function with names of another one, is not rehearsed")
     try:
         if not found.function:
@@ -86,7 +87,8 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
             whole = code(rest, path, flags)
             return lambda: exec(whole, frame.f_globals)
         known = names(frame)
-        made = _function(found, list(known), path, flags, frame.f_globals)
+        of = known.pop(_CLASS, None) if _CLASS in running.co_freevars else None
+        made = _function(found, list(known), of, path, flags, frame.f_globals)
     except Exception as e:  # what a part of a function's text can be, there are many rules for
         raise CannotRepeat(f"what follows cannot be run by itself, so it is not rehearsed: {e}") from None
     return lambda: made(**known)
@@ -111,8 +113,11 @@ def _is_of(running: types.CodeType, function: Optional[ast.FunctionDef]) -> bool
     return running.co_name == function.name and running.co_firstlineno == min(lines)
 
 
-def _function(found: Found, names: List[str], path: str, flags: int, namespace: Any) -> Callable[..., object]:
-    """A function of the rest of one, with all that is bound by now as its parameters."""
+def _function(
+    found: Found, names: List[str], of: Optional[type], path: str, flags: int, namespace: Any
+) -> Callable[..., object]:
+    """A function of the rest of one, with all that is bound by now as its parameters. `of`: the class whose super() it
+    means."""
     assert found.function
     made = ast.parse("def rest(): pass").body[0]
     assert isinstance(made, ast.FunctionDef)
@@ -120,15 +125,29 @@ def _function(found: Found, names: List[str], path: str, flags: int, namespace: 
     said = [node for node in _own(found.function) if isinstance(node, ast.Global)]
     made.body = [*said, *found.rest, ast.Pass()]
     outer: ast.stmt = made
-    if found.of:  # names of its class's own (__name) are what they were
+    if of is not None:
+        if any(_is_private(node) for node in ast.walk(made)):
+            raise CannotRepeat("what follows in a method with super() and names of its class's own is not rehearsed")
+        outer = ast.parse(f"def around({_CLASS}):\n pass\n return rest").body[0]
+        assert isinstance(outer, ast.FunctionDef)
+        outer.body[0] = made
+    elif found.of:  # names of its class's own (__name) are what they were
         outer = ast.parse("class C: pass").body[0]
         assert isinstance(outer, ast.ClassDef)
         outer.name, outer.body = found.of.name, [made]
     ast.fix_missing_locations(outer)
     own: Any = {"__name__": namespace.get("__name__")}
     exec(code([outer], path, flags), own)
-    function = vars(own[found.of.name])[made.name] if found.of else own[made.name]
-    return types.FunctionType(function.__code__, namespace, made.name)
+    if of is not None:
+        function = own["around"](of)
+    else:
+        function = vars(own[found.of.name])[made.name] if found.of else own[made.name]
+    return types.FunctionType(function.__code__, namespace, made.name, None, function.__closure__)
+
+
+def _is_private(node: ast.AST) -> bool:
+    name = getattr(node, "attr", None) or getattr(node, "id", None) or ""
+    return isinstance(name, str) and name.startswith("__") and not name.endswith("__")
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:

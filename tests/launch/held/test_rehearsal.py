@@ -463,3 +463,87 @@ def test_a_trace_is_found_beside_what_no_two_runs_do_the_same(hold, what):
     warm = pocket.warm()
     assert warm["rehearsed"] is False and "is not the same" in warm["not_rehearsed"]
     assert pocket.from_held("a").out.splitlines()[-1] == b"1"
+
+
+def test_the_rest_of_a_method_that_says_super(hold):
+    source = """
+        import sys
+        class Base:
+            def run(self): print("base", type(self).__name__)
+        class App(Base):
+            def run(self):
+                model = 3
+                here = None
+                super().run()
+                print(model, __class__.__name__, sys.argv[1:])
+        class More(App): pass
+        More().run()
+    """
+    pocket = hold(textwrap.dedent(source), "app.py:8", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.same("a").out == b"base More\n3 App ['a']\n"
+
+
+@pytest.mark.parametrize("rehearse", [None, ["s"]])
+def test_a_handler_of_the_program_hears_of_its_own_children_alone(hold, rehearse):
+    source = """
+        import os, signal, sys
+        heard = []
+        signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+        def main():
+            os.system("true")
+            print(heard, sys.argv[1:])
+        main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", **({"rehearse": rehearse} if rehearse else {}))
+    facts = pocket.warm()
+    assert facts["rehearsed"] is bool(rehearse), facts
+    pocket.same("a")
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_a_child_that_nobody_waits_for_any_more(hold, ignores):
+    """os.popen(...).read() leaves the shell to subprocess, which waits for it at its next one."""
+    source = """
+        import os, signal, sys
+        {ignores}
+        kernel = os.popen("echo linux").read()
+        def main():
+            print(kernel, os.popen("echo again").read(), sys.argv[1:])
+        main()
+    """
+    ignored = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)" if ignores else ""
+    pocket = hold(textwrap.dedent(source.format(ignores=ignored)), "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("a")
+
+
+def test_a_traceback_is_no_output_that_ends_a_rehearsal(hold):
+    """Of a run without arguments, which ends with one: it would be shown in part, with where an object lies."""
+    source = """
+        import sys
+        def main():
+            try:
+                n = int(sys.argv[1])
+            except Exception as e:
+                raise SystemError("usage: prog N") from e
+            print("hello", n, flush=True)
+            while n < 1000: pass
+        if __name__ == "__main__": main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["1"], rehearse_until="output")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("1000")
+    pocket.same()
+
+
+def test_what_went_out_of_hand_after_it_is_told_with_its_last_word(hold):
+    source = f"import sys\n{HIDDEN}here = None\nif kept.seen: raise ValueError('seen before')\nkept.seen.append(1)\nprint('x')\n"
+    facts = hold(source, "here =", rehearse=["s"]).warm()
+    assert (
+        "its exit status is 1 instead of 0; the last that it said is 'ValueError: seen before'"
+        in facts["not_rehearsed"]
+    )
