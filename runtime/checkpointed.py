@@ -309,9 +309,11 @@ class Checkpointed(Held):
             raise rehearsal.Over
 
     def uncover(self) -> None:
-        """Have init take off the layer that took what the last run wrote."""
+        """Have init take off the layer that took what the last run wrote. What the program made on its way to the
+        checkpoint lies in the first of them: it is made again beneath, in the end where it is to be."""
         if not any(p["writable"] for p in self.orders["mounts"]):
             return
+        made = [(path, os.stat(path).st_mode & 0o7777) for path in self.recorder.made if os.path.isdir(path)]
         wire.send(self.talk, {"op": "uncover"})
         while True:
             message, fds = wire.receive(self.talk)
@@ -319,7 +321,11 @@ class Checkpointed(Held):
             if message.get("op") == "uncovered":
                 if not message["done"]:
                     raise rehearsal.Failed("what it wrote could not be taken away again")
-                return
+                break
+        for path, mode in made:
+            if not os.path.isdir(path):
+                os.mkdir(path)
+                os.chmod(path, mode)
 
     # -- in a run
 

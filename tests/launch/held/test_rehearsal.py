@@ -547,3 +547,21 @@ def test_what_went_out_of_hand_after_it_is_told_with_its_last_word(hold):
         "its exit status is 1 instead of 0; the last that it said is 'ValueError: seen before'"
         in facts["not_rehearsed"]
     )
+
+
+def test_a_directory_that_it_makes_on_its_way(hold):
+    """os.makedirs(..., exist_ok=True) before the checkpoint: what lies over it in a rehearsal had it, and is taken off."""
+    source = """
+        import os, sys
+        os.makedirs("/pocket/out/cache/deep", mode=0o750, exist_ok=True)
+        def main():
+            print(oct(os.stat("/pocket/out/cache/deep").st_mode), sorted(os.listdir("/pocket/out/cache/deep")))
+            open(f"/pocket/out/cache/deep/{sys.argv[1]}", "w").close()
+        main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["s"], allow={"write": ["out"]})
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    assert pocket.from_held("a").out.endswith(b" []\n")
+    assert pocket.from_held("b").out.endswith(b" ['a']\n")
+    assert os.listdir(pocket.place / "out/cache/deep")
