@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, Pocketd, wait_for
+from tests.conftest import Pocketd, wait_for
 from tests.launch.both import Both, Ended
 
 
@@ -137,8 +136,6 @@ class Pockets:
         place.mkdir()
         pocket = Pocket(self.pocketd, name, place, service)
         pocket.write("app.py", source)
-        if "pocketd" in source:  # a service's Python may be without, as is one of a checkout
-            shutil.copy(ROOT / "pocketd/__init__.py", place / "pocketd.py")
         checkpoint = checkpoint and checkpoint.replace("{place}", str(place))
         keys = {"service": service, "dir": str(place), "program": "app.py", "checkpoint": checkpoint, **keys}
         self.define(pocket, keys)
