@@ -283,8 +283,8 @@ def _ended(child: clone.Child, seconds: float) -> int:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         raise Failed(
-            f"the sample did not end within {seconds:.0f} s; name by rehearse_until when a rehearsal is over, "
-            "if it is not to end by itself (that is raised as a BaseException, which no `except` of a loop may keep)"
+            f"the sample did not end within {seconds:.0f} s, nor come to what rehearse_until may name: when a rehearsal "
+            "is over, if it does not end by itself (what is raised then is a BaseException: no `except` may keep it)"
         )
     return os.waitpid(child.pid, 0)[1]
 
