@@ -178,6 +178,7 @@ class Checkpointed(Held):
                     proofs.append((words, proof))
             contents = [ctypes.string_at(o.range[0], o.range[1] - o.range[0]) for o in self.shared if o.range]
             self.share()
+            streams = self.streams.open_ones()
             self.run_here(sample, again, until)
             for mapping, content in zip(self.shared, contents):
                 assert mapping.range
@@ -188,6 +189,7 @@ class Checkpointed(Held):
                 raise rehearsal.Failed(f"it changes {changed}, which cannot be put back")
             places.clear()
             self.play([], *(spare := rehearsal.capture()))
+            self.streams.open_again(streams)
             for fd in spare:
                 os.close(fd)
             self.uncover()
@@ -295,10 +297,11 @@ class Checkpointed(Held):
 
     def play(self, sample: List[str], out: int, err: int) -> None:
         """Be the run of a sample: its arguments, nothing to read, output into two files."""
-        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        for fd, number in ((null, 0), (out, 1), (err, 2)):
+        nothing, end = os.pipe2(os.O_CLOEXEC)  # which can be waited for, unlike /dev/null
+        for fd, number in ((nothing, 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
-        os.close(null)
+        os.close(nothing)
+        os.close(end)
         self.streams.restore()
         self.recorder.fill("argv", [self.program, *sample])
         self.recorder.fill("orig_argv", [sys.executable, self.program, *sample])

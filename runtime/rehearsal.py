@@ -283,8 +283,8 @@ def _ended(child: clone.Child, seconds: float) -> int:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         raise Failed(
-            f"the sample did not end within {seconds:.0f} s, nor come to what rehearse_until may name: when a rehearsal "
-            "is over, if it does not end by itself (what is raised then is a BaseException: no `except` may keep it)"
+            f"the sample did not end within {seconds:.0f} s, nor come to what rehearse_until may name: when a "
+            "rehearsal is over, if it does not end by itself (by a BaseException, which no `except` may keep)"
         )
     return os.waitpid(child.pid, 0)[1]
 

@@ -17,6 +17,7 @@ import sys
 import types
 import weakref
 import zlib
+from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 _MOST = 200_000  # objects
@@ -47,7 +48,8 @@ class State:
             if id(thing) in self._seen or type(thing) in _PLAIN:
                 continue
             self._seen.add(id(thing))
-            waiting += [(label, inner) for inner in self._take(label, thing)]
+            with suppress(Exception):  # what an object's own methods raise: it is not looked into
+                waiting += [(label, inner) for inner in self._take(label, thing)]
         self.whole = not waiting
 
     def _take(self, label: str, thing: Any) -> Iterator[Any]:
@@ -66,17 +68,17 @@ class State:
                 yield from thing.__closure__ or ()
         elif kind is types.CellType:
             yield from self._keep(label, thing, _CELL)
-        elif isinstance(thing, type):
+        elif issubclass(kind, type):
             if self._own(thing.__module__):
                 yield from self._keep(label, thing, _CLASS).values()
-        elif isinstance(thing, _array_type()):
+        elif issubclass(kind, _array_type()):
             self._take_array(label, thing)
         else:
             yield from self._take_object(label, thing)
 
     def _take_object(self, label: str, thing: Any) -> Iterator[Any]:
         for base, piece in _CONTAINERS.items():
-            if isinstance(thing, base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
+            if issubclass(type(thing), base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
                 held = self._keep(label, thing, piece)
                 yield from itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held
         if self._is_plain(type(thing)):
@@ -110,13 +112,11 @@ class State:
         """Put back what is not as it was. What cannot be, in words; None where there is nothing."""
         failed = None
         for label, thing, kind, held in self._pieces:
-            now = kind.look(thing)
-            if kind.same(held, now):
-                continue
-            wanted = _with_warmth(held, now, self._own) if isinstance(held, dict) else held
-            if kind.same(wanted, now):
-                continue
             try:
+                now = kind.look(thing)
+                wanted = _with_warmth(held, now, self._own) if type(held) is dict else held
+                if kind.same(wanted, now):
+                    continue
                 if kind.put is None:
                     raise TypeError
                 kind.put(thing, wanted)

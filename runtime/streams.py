@@ -80,6 +80,25 @@ class Streams:
     def is_read(self) -> bool:
         return os.lseek(0, 0, os.SEEK_CUR) > 0
 
+    def open_ones(self) -> List[str]:
+        """Names of those that nobody has closed."""
+        found = []
+        for name, (text, buffer) in self._objects.items():
+            with suppress(ValueError):  # detached
+                if not (text.closed or buffer.closed):
+                    found.append(name)
+        return found
+
+    def open_again(self, names: List[str]) -> None:
+        """The same stream objects, where a rehearsal has closed them."""
+        encoding = interpreter.stream_encoding()
+        for fd, name, mode in _STREAMS:
+            text, buffer = self._objects[name]
+            if name in names and name not in self.open_ones():
+                interpreter.open_stream(text, buffer, fd, name, mode, encoding)
+                for how in self._reconfigured.get(name, ()):
+                    text.reconfigure(**how)
+
     # -- in a child
 
     def restore(self) -> None:

@@ -3,6 +3,8 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 # What each job does to what is there by the checkpoint, and what a run says of it that is asked to.
@@ -190,3 +192,26 @@ def test_a_sample_that_trains_is_not_rehearsed(hold):
     facts = pocket.warm()
     assert facts["rehearsed"] is False and "variables of TensorFlow" in facts["not_rehearsed"], facts
     assert pocket.from_held("show").out == pocket.plain("show").out
+
+
+def test_objects_that_raise_when_they_are_looked_at_are_let_be(hold):
+    """Such as a web framework's, which stand for others that are there in a request alone."""
+    source = """
+        import sys
+        class Proxy:
+            @property
+            def __class__(self): raise RuntimeError("outside of a request")
+            def __getattr__(self, name): raise RuntimeError("outside of a request")
+        class Odd(dict):
+            def items(self): raise RuntimeError("no items")
+            def __iter__(self): raise RuntimeError("no keys")
+        it, odd, seen = Proxy(), Odd(a=1), []
+        def main():
+            seen.append(1)
+            print(len(seen) if "show" in sys.argv else "done")
+        main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("show")
