@@ -32,6 +32,7 @@ from runtime import (
     rehearsal,
     remainder,
     snapshot,
+    state,
     threads,
     workingset,
 )
@@ -167,6 +168,10 @@ class Checkpointed(Held):
                 self.play(words, out, err)
                 rehearsal.Until(until).begin()
 
+            if not before.state.whole:
+                self.recorder.noted.append(
+                    f"it has made more than {state.MOST} objects: what its sample changes in others is not seen"
+                )
             # A run of the same sample is the same where something kept its arguments: a cache, a class's attribute.
             # What a run does without any is tried where it may write nothing, since nobody has said that it may.
             proofs = []

@@ -7,6 +7,7 @@ them, and so is what was None, or not there, and holds one now: it is loaded at 
 
 from __future__ import annotations
 
+import array
 import collections
 import enum
 import functools
@@ -20,7 +21,7 @@ import zlib
 from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-_MOST = 200_000  # objects
+MOST = 200_000  # objects, and items of one of them that are kept to be put back; of others a checksum
 _COPIED = 64 << 20  # bytes of arrays, and of variables, that are kept to be put back; of others a checksum
 _DEEP = 3  # levels at which a library's object is looked for in what a cache holds
 
@@ -42,15 +43,16 @@ class State:
         self._seen: Set[int] = set()
         self._copied = 0
         self._variables = _Variables()
+        self.whole = True  # all of it has been looked at
         waiting = [(name, value) for _, names in roots for name, value in list(names.items())]
-        while waiting and len(self._seen) < _MOST:
+        while waiting and len(self._seen) < MOST:
             label, thing = waiting.pop()
             if id(thing) in self._seen or type(thing) in _PLAIN:
                 continue
             self._seen.add(id(thing))
             with suppress(Exception):  # what an object's own methods raise: it is not looked into
-                waiting += [(label, inner) for inner in self._take(label, thing)]
-        self.whole = not waiting
+                waiting += [(label, inner) for inner in self._take(label, thing) if type(inner) not in _PLAIN]
+        self.whole &= not waiting
 
     def _take(self, label: str, thing: Any) -> Iterator[Any]:
         """Note what it holds; gives what is to be looked at next."""
@@ -79,6 +81,10 @@ class State:
     def _take_object(self, label: str, thing: Any) -> Iterator[Any]:
         for base, piece in _CONTAINERS.items():
             if issubclass(type(thing), base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
+                if len(thing) > MOST:
+                    self._keep(label, thing, _LARGE)
+                    self.whole = False
+                    continue
                 held = self._keep(label, thing, piece)
                 yield from itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held
         if self._is_plain(type(thing)):
@@ -95,11 +101,11 @@ class State:
         self._pieces.append((label, thing, kind, held))
         return held
 
-    def _take_array(self, label: str, array: Any) -> None:
-        if not array.flags.writeable or array.dtype.hasobject or type(array).__name__ == "memmap":
+    def _take_array(self, label: str, thing: Any) -> None:
+        if not thing.flags.writeable or thing.dtype.hasobject or type(thing).__name__ == "memmap":
             return
-        self._copied += array.nbytes
-        self._keep(label, array, _ARRAY if self._copied <= _COPIED else _LARGE_ARRAY)
+        self._copied += thing.nbytes
+        self._keep(label, thing, _ARRAY if self._copied <= _COPIED else _LARGE_ARRAY)
 
     def _is_plain(self, kind: type) -> bool:
         """Whether all of its objects is the program's, or of the standard library's classes that only hold things."""
@@ -257,12 +263,22 @@ def _place(thing: Any) -> Any:
     return thing.__length_hint__() if type(thing) in _ITERATORS else None
 
 
-def _put_array(array: Any, held: Any) -> None:
-    array[...] = held
+def _put_array(thing: Any, held: Any) -> None:
+    thing[...] = held
 
 
-def _checksum(array: Any) -> int:
-    return zlib.crc32(array.data if array.flags.c_contiguous else array.tobytes())
+def _checksum(thing: Any) -> int:
+    return zlib.crc32(thing.data if thing.flags.c_contiguous else thing.tobytes())
+
+
+def _identities(thing: Any) -> int:
+    """A checksum of which items there are."""
+    items, found = iter(thing.items() if isinstance(thing, dict) else thing), 0
+    while part := list(itertools.islice(items, 1 << 14)):
+        if isinstance(thing, dict):
+            part = list(itertools.chain.from_iterable(part))
+        found = zlib.crc32(array.array("Q", map(id, part)), found)
+    return found
 
 
 def _array_type() -> Tuple[type, ...]:
@@ -277,7 +293,8 @@ _CLASS = _Kind(_look_class, _identical_pairs, _put_class)
 _ATTRIBUTES = _Kind(lambda thing: dict(thing.__dict__), _identical_pairs, _put_attributes)
 _SLOTS = _Kind(_look_slots, _identical_pairs, _put_slots)
 _ITERATOR = _Kind(_place, operator.eq)
-_ARRAY = _Kind(lambda array: array.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
+_ARRAY = _Kind(lambda thing: thing.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
+_LARGE = _Kind(_identities, operator.eq)
 _LARGE_ARRAY = _Kind(_checksum, operator.eq)
 _PAIRS = _Kind(dict, _identical_pairs, _put_by(dict.clear, dict.update))
 _CONTAINERS: Dict[type, _Kind] = {

@@ -89,6 +89,8 @@ NOT_PUT_BACK = {
     "a list's iterator": ("it = iter([1, 2, 3])", "next(it)", "list_iterator"),
     "a generator": ("it = (n for n in [1, 2, 3])", "next(it)", "generator"),
     "an iterator in an object": ("class A: pass\nit = A(); it.numbers = iter([1, 2, 3])", "next(it.numbers)", "list_iterator"),
+    "a large list": ("it = [0] * 300_000", "it[7] = 1; it[8] = 3", "list"),
+    "a large dict": ("it = dict.fromkeys(range(300_000))", "it[7] = 1", "dict"),
     "a large array": ("import numpy; it = numpy.zeros((9 << 20,))", "it[:] += 1", "ndarray"),
 }  # fmt: skip
 
@@ -215,3 +217,11 @@ def test_objects_that_raise_when_they_are_looked_at_are_let_be(hold):
     facts = pocket.warm()
     assert facts["rehearsed"] is True, facts["not_rehearsed"]
     pocket.same("show")
+
+
+def test_many_objects_are_looked_at_in_part_which_is_told(hold):
+    source = "import sys\nclass A: pass\nit = [A() for _ in range(250_000)]\ndef main(): print(len(it), sys.argv[1:])\nmain()\n"
+    pocket = hold(source, "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True and any("more than 200000 objects" in text for text in facts["noted"]), facts
+    pocket.same("a")
