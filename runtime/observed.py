@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 from pocketd import wire
 from pocketd.wire import Message
-from runtime import checkpoint, program, recorded, remainder
+from runtime import checkpoint, leftbehind, program, recorded, remainder
 
 _WORTH = 0.05  # of the time until the first look: what a simpler place may lose against the last one
 _LEAST = 0.01  # seconds that are worth a checkpoint
@@ -101,6 +101,7 @@ class Observer:
         self.failed: Optional[str] = None  # why it was not compiled
         self.look: Optional[Look] = None
         self.input = False  # it has read some
+        self._written: List[Tuple[str, Look]] = []  # files elsewhere that it has opened for writing
         self._told = told
         self._reached: Dict[int, Moment] = {}  # each line of its file, when it was reached first
         self._lines = self._calls = 0
@@ -152,21 +153,26 @@ class Observer:
         """`near`: it counts only where a line of the pocket's own does so itself."""
         if self.look is not None or not self.begun:
             return
-        own = recorded.own_frame(sys._getframe(1), self.tops, near)
-        if own is None:
+        look = self._seen(what, near, sys._getframe(1))
+        if look is None:
             return
-        frames = list(_outwards(sys._getframe(1)))
+        self.look = next((opened for name, opened in self._written if _is_written(name)), look)
+        sys.settrace(None)
+        self._told()
+
+    def _seen(self, what: str, near: bool, here: FrameType) -> Optional[Look]:
+        own = recorded.own_frame(here, self.tops, near)
+        if own is None:
+            return None
+        frames = list(_outwards(here))
         places: List[Tuple[CodeType, int]] = []
         loop = next((n for n, f in enumerate(reversed(frames)) if _loops(f.f_code)), None)
         for frame in frames[::-1][:loop]:
             if frame.f_code.co_filename == self.path:
                 places.append((frame.f_code, frame.f_lineno))
         line = f"{os.path.basename(own.f_code.co_filename)}, line {own.f_lineno}"
-        self.look = Look(
-            what, Moment(time.monotonic(), self._lines, self._calls), tuple(places), line, loop is not None
-        )
-        sys.settrace(None)
-        self._told()
+        now = Moment(time.monotonic(), self._lines, self._calls)
+        return Look(what, now, tuple(places), line, loop is not None)
 
     def _heard(self, event: str, arguments: Tuple[Any, ...]) -> None:
         if self.look is not None:
@@ -185,6 +191,9 @@ class Observer:
     def _opened(self, name: str, flags: int) -> None:
         if flags & os.O_ACCMODE != os.O_RDONLY and name.startswith(self.tops):
             self.looked(f"a file that it writes, {os.path.basename(name)}")
+        elif flags & os.O_ACCMODE != os.O_RDONLY:  # it may be closed again before its first look
+            opened = self._seen(f"a file that stays open for writing, {name},", True, sys._getframe(1))
+            self._written += [(name, opened)] if opened and len(self._written) < 100 else []
         elif name in self.named:
             self.looked(f"the file {os.path.basename(name)}, which its arguments name")
 
@@ -307,6 +316,15 @@ def _costs(path: str, times: int = 20_000) -> Tuple[float, float]:
             took.append(time.perf_counter() - begun)
         found.append(max(0.0, took[1] - took[0]) / max(1, apart._lines if name == "lines" else apart._calls))
     return found[0], found[1]
+
+
+def _is_written(name: str) -> bool:
+    """Whether a descriptor of this process is of that file, and open for writing."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}") == name and leftbehind.is_written(int(fd)):
+                return True
+    return False
 
 
 def _outwards(frame: Optional[FrameType]) -> Iterator[FrameType]:

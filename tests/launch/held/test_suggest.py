@@ -300,3 +300,12 @@ def test_what_watching_takes_is_not_said_to_be_saved(hold: Callable[..., Pocket]
     done = pocket.pocketd.pocket("suggest", "--json", pocket.name, "word")
     watched = float(done.stderr.partition("took ")[2].split()[0].partition("word")[0])
     assert 0 < json.loads(done.stdout)["saves"] < 0.7 * watched
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_file_that_stays_open_for_writing_is_left_to_each_run(hold: Callable[..., Pocket], closed: bool) -> None:
+    close = "log.close()" if closed else "log.flush()"
+    pocket = hold(f"{HEAD}{SLOW}\nlog = open('/tmp/log', 'w')\n{close}\n{SLOW}\nprint(sys.argv[1])\n", None)
+    found = suggest(pocket, "word")
+    assert found["checkpoint"] == ("print(" if closed else "log =")
+    assert found["looked"].startswith("its arguments" if closed else "a file that stays open for writing")
