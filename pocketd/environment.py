@@ -18,13 +18,10 @@ from pocketd.wire import Error
 # Where our packages are: the child of pocketd that makes containers imports them from here.
 CODE = str(Path(nsutil.__file__).parent.parent)
 
-# What pockets' code may import of us is in no directory of the search path where it is installed to be edited.
 _PROBE = """
-import importlib.util, json, os, sys
-sys.path[:] = [p for p in sys.path if p]
-ours = [spec for spec in map(importlib.util.find_spec, ("pocketd", "nsutil")) if spec and spec.origin]
+import json, os, sys
 print(json.dumps([list(sys.version_info[:3]), sys.executable, os.path.realpath(sys.executable),
-                  sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, *[os.path.dirname(s.origin) for s in ours]]))
+                  sys.prefix, sys.base_prefix, sys.exec_prefix, *[p for p in sys.path if p]]))
 """
 
 

@@ -12,6 +12,9 @@ import builtins
 import codecs
 import ctypes
 import gc
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import io
 import itertools
 import locale
@@ -73,6 +76,20 @@ def set_up() -> None:
         del sys.modules[name]
 
 
+class _OfPocketd(importlib.abc.MetaPathFinder):
+    """Finds `pocketd` for pockets' code where nobody has installed it, and of it what means something there:
+    checkpoint(), rehearsed(), on_start()."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
+        if name != "pocketd":
+            return None
+        return importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, _OF_POCKETD))
+
+
+_finder = _OfPocketd()
+_OF_POCKETD = f"{_LIBRARY}/pocketd/__init__.py"
+
+
 @dataclass(frozen=True)
 class Clean:
     """What a worker must take out of its interpreter, found by the template beforehand.
@@ -94,6 +111,7 @@ class Clean:
             sys.modules.pop(name, None)
         for path in self.finders:
             sys.path_importer_cache.pop(path, None)
+        sys.meta_path.append(_finder)
         atexit._clear()
         atexit.register = _register
         atexit.register(_run_inherited_exits)  # first, so it runs last

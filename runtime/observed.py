@@ -8,6 +8,7 @@ a file that it writes.
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import operator
 import os
@@ -26,6 +27,7 @@ from runtime import checkpoint, leftbehind, program, recorded, remainder
 _WORTH = 0.05  # of the time until the first look: what a simpler place may lose against the last one
 _LEAST = 0.01  # seconds that are worth a checkpoint
 _TALKS = ("socket.connect", "socket.bind", "socket.getaddrinfo")
+_NEW, _HERE = "<new>", "<here>"  # names that no program has
 _COROUTINE = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -43,7 +45,6 @@ def run(sock: socket.socket, start: Message, orders: Message) -> int:
 
     observer = Observer(arguments, tops, say_early)
     code = program.run(start, orders, observer.compile)
-    sys.settrace(None)
     with suppress(OSError):
         wire.send(sock, {"op": "observed", "status": code, **observer.proposal(code)}, flags=socket.MSG_DONTWAIT)
     sock.close()
@@ -65,7 +66,7 @@ class Look(NamedTuple):
     """What the program looked at first, when, and where it was in its own file then, outermost first."""
 
     what: str
-    when: Moment
+    when: float
     places: Tuple[Tuple[CodeType, int], ...]  # what was running, and the line that it was in
     line: str  # for people: FILE, line N
     looping: bool  # an event loop ran, further in than all `places`
@@ -78,14 +79,6 @@ class Offer(NamedTuple):
     body: checkpoint.Body
     at: int
     rehearsed: bool
-
-
-class Moment(NamedTuple):
-    """When something was, and how much was watched until then, which takes time of its own."""
-
-    when: float
-    lines: int
-    calls: int
 
 
 class Observer:
@@ -103,13 +96,12 @@ class Observer:
         self.input = False  # it has read some
         self._written: List[Tuple[str, Look]] = []  # files elsewhere that it has opened for writing
         self._told = told
-        self._reached: Dict[int, Moment] = {}  # each line of its file, when it was reached first
-        self._lines = self._calls = 0
-        self._costs: Optional[Tuple[float, float]] = None  # seconds for watching a line, and a call
+        self._reached: Dict[int, float] = {}  # each statement's first line, when it was reached first
+        self._new: List[bool] = []  # which lines are not reached yet
 
     def compile(self, source: bytes, path: str) -> Any:
         try:
-            code = compile(source, path, "exec", dont_inherit=True)
+            code = self._watched(source, path)
         except (SyntaxError, ValueError) as e:
             self.failed = f"{type(e).__name__}: {e}"
             raise
@@ -126,26 +118,28 @@ class Observer:
             mapping.__class__ = watched
         self._watch_input()
         self.begun = time.monotonic()
-        sys.settrace(self._called)
 
-    # -- lines of the program's own file
+    # -- statements of the program's own file
 
-    def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self._calls += 1
-        return self._line if frame.f_code.co_filename == self.path and self.look is None else None
+    def _watched(self, source: bytes, path: str) -> Any:
+        """Its code, in which each statement says when it is reached first. sys.settrace would take ten times as long
+        as a loop itself does."""
+        tree = ast.parse(source, path)
+        for body in list(checkpoint.bodies(tree)):
+            statements = list(body)
+            body.clear()
+            for n, statement in enumerate(statements):
+                if not (n == 0 and _is_text(statement)) and not _is_from_the_future(statement):
+                    body.append(ast.fix_missing_locations(_probe(statement)))
+                body.append(statement)
+        self._new = [True] * (len(source.splitlines()) + 2)
+        setattr(builtins, _NEW, self._new)
+        setattr(builtins, _HERE, self._here)
+        return compile(tree, path, "exec", dont_inherit=True)
 
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self._lines += 1
-        if event == "line" and frame.f_lineno not in self._reached:
-            self._reached[frame.f_lineno] = Moment(time.monotonic(), self._lines, self._calls)
-        return self._line
-
-    def _seconds(self, moment: Moment) -> float:
-        """Since it began, but for what watching took: of a line that is executed often that is most."""
-        if self._costs is None:
-            self._costs = _costs(self.path)
-        line, call = self._costs
-        return max(0.0, moment.when - self.begun - moment.lines * line - moment.calls * call)
+    def _here(self, line: int) -> None:
+        self._new[line] = False
+        self._reached[line] = time.monotonic()
 
     # -- the first look
 
@@ -157,7 +151,6 @@ class Observer:
         if look is None:
             return
         self.look = next((opened for name, opened in self._written if _is_written(name)), look)
-        sys.settrace(None)
         self._told()
 
     def _seen(self, what: str, near: bool, here: FrameType) -> Optional[Look]:
@@ -171,8 +164,7 @@ class Observer:
             if frame.f_code.co_filename == self.path:
                 places.append((frame.f_code, frame.f_lineno))
         line = f"{os.path.basename(own.f_code.co_filename)}, line {own.f_lineno}"
-        now = Moment(time.monotonic(), self._lines, self._calls)
-        return Look(what, now, tuple(places), line, loop is not None)
+        return Look(what, time.monotonic(), tuple(places), line, loop is not None)
 
     def _heard(self, event: str, arguments: Tuple[Any, ...]) -> None:
         if self.look is not None:
@@ -222,7 +214,7 @@ class Observer:
     def proposal(self, status: Optional[int]) -> Message:
         """What to write into the definition, and what it saves: seconds of the whole run's. `status`: None while it
         runs."""
-        now = Moment(time.monotonic(), self._lines, self._calls)
+        whole = time.monotonic() - self.begun
         if self.failed:
             return nowhere(f"it is no program that Python runs: {self.failed}")
         if not self.begun:
@@ -232,7 +224,7 @@ class Observer:
             return nowhere(f"{ended} looked at anything that is a run's own")
         tree = ast.parse(self.source)
         reached = [(offer, self._reached_by(offer, tree)) for offer in self._offers(tree)]
-        found = [(offer, self._seconds(when)) for offer, when in reached if when is not None]
+        found = [(offer, when - self.begun) for offer, when in reached if when is not None]
         # The simplest place that loses little: the rest of the top level, or a function, can be rehearsed too.
         best = max((saved for _, saved in found), default=0.0)
         if best < _LEAST:
@@ -242,7 +234,7 @@ class Observer:
             "checkpoint": offer.where,
             "rehearse": offer.rehearsed and status == 0 and not self.input,
             "saves": saved,
-            "whole": self._seconds(now) if status is not None else None,
+            "whole": whole if status is not None else None,
             "looked": self.look.what,
             "at": self.look.line,
         }
@@ -254,7 +246,7 @@ class Observer:
             return f"{said}, in an event loop, which cannot be held, and before that begins nothing takes time"
         if not found:
             return f"{said}, in a thread or by no line of {self.path}"
-        if self._seconds(self.look.when) < _LEAST:
+        if self.look.when - self.begun < _LEAST:
             return f"{said}, at once"
         return f"{said}, and what takes time before that is in the same statement"
 
@@ -287,7 +279,7 @@ class Observer:
             if len(text[:end].rstrip()) > 3:
                 yield text[:end].rstrip()
 
-    def _reached_by(self, offer: Offer, tree: ast.Module) -> Optional[Moment]:
+    def _reached_by(self, offer: Offer, tree: ast.Module) -> Optional[float]:
         """When the place was reached first. None where it never was, or where its name means another."""
         with suppress(checkpoint.CheckpointError):
             body, at = checkpoint.find(tree, self.source, self.path, offer.where)
@@ -298,24 +290,23 @@ class Observer:
         return None
 
 
-def _costs(path: str, times: int = 20_000) -> Tuple[float, float]:
-    """Seconds that it takes to watch a line, and a call, measured with an observer that counts as one does."""
-    apart = Observer([], (), lambda: None)
-    made: Dict[str, Any] = {}
-    source = "def lines(n):\n for i in range(n): i\ndef call(): pass\ndef calls(n):\n for i in range(n): call()\n"
-    exec(compile(source, path, "exec"), made)
-    found = []
-    for path_of_it, name in ((path, "lines"), ("", "calls")):  # of other files only calls are seen
-        apart.path, apart._lines, apart._calls = path_of_it, 0, 0
-        took = []
-        for trace in (None, apart._called):
-            begun = time.perf_counter()
-            sys.settrace(trace)
-            made[name](times)
-            sys.settrace(None)
-            took.append(time.perf_counter() - begun)
-        found.append(max(0.0, took[1] - took[0]) / max(1, apart._lines if name == "lines" else apart._calls))
-    return found[0], found[1]
+def _probe(statement: ast.stmt) -> ast.stmt:
+    line = checkpoint.first_line(statement)
+    probe = ast.parse(f"if new[{line}]: here({line})").body[0]
+    for node in ast.walk(probe):
+        if isinstance(node, ast.Name):
+            node.id = {"new": _NEW, "here": _HERE}[node.id]
+        if hasattr(node, "lineno"):
+            node.lineno = node.end_lineno = line  # type: ignore[attr-defined]
+    return probe
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _is_from_the_future(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
 
 
 def _is_written(name: str) -> bool:

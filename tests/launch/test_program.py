@@ -227,8 +227,17 @@ def test_packages_of_the_daemons_names_may_be_the_programs_own(both):
 
 
 def test_modules_of_the_daemon_are_not_there(both):
-    for name in ("runtime", "nsutil", "pocketd"):
+    for name in ("runtime", "nsutil", "pocketd.daemon", "pocketd.wire"):
         assert b"ModuleNotFoundError" in both.pocket("-c", f"import {name}").err
+
+
+def test_what_pockets_code_may_say_of_itself_is_there(both):
+    """pocketd.checkpoint() and its like, also where nobody has installed it; a module of that name is the app's."""
+    both.write("app.py", "import pocketd\nprint(pocketd.checkpoint(), pocketd.on_start(lambda: print('on')) is None)\n")
+    assert both.pocket("app.py").out == b"on\nNone False\n"
+    both.write("pocketd.py", "mine = 1\n")
+    both.write("app.py", "import pocketd\nprint(pocketd.mine)\n")
+    assert both.pocket("app.py").out == b"1\n"
 
 
 def test_no_module_is_loaded_that_is_not_of_the_standard_library(both):

@@ -285,21 +285,21 @@ def test_what_ends_before_it_looks_is_told_too(hold: Callable[..., Pocket]) -> N
 BUSY = """
 import sys, time
 def load():
-    begun, total = time.perf_counter(), 0
+    begun, total = time.process_time(), 0
     for i in range(1_000_000):
         total += i
-    sys.stderr.write(f"took {time.perf_counter() - begun}")
+    sys.stderr.write(f"took {time.process_time() - begun} s")
 load()
 print(sys.argv[1])
 """
 
 
-def test_what_watching_takes_is_not_said_to_be_saved(hold: Callable[..., Pocket]) -> None:
-    """Each line of a program that is watched takes several times as long."""
+def test_a_program_that_is_watched_takes_not_much_longer(hold: Callable[..., Pocket]) -> None:
+    """Else it would be said to save what only watching takes: a tracer makes this one take ten times as long."""
     pocket = hold(BUSY, None)
-    done = pocket.pocketd.pocket("suggest", "--json", pocket.name, "word")
-    watched = float(done.stderr.partition("took ")[2].split()[0].partition("word")[0])
-    assert 0 < json.loads(done.stdout)["saves"] < 0.7 * watched
+    watched = pocket.pocketd.pocket("suggest", pocket.name, "word").stderr
+    alone = pocket.plain("word").err.decode()
+    assert float(watched.split()[1]) < 4 * float(alone.split()[1])
 
 
 @pytest.mark.parametrize("closed", [False, True])
