@@ -190,6 +190,10 @@ class Checkpointed(Held):
                 ctypes.memmove(mapping.range[0], content, len(content))
             self.make_private()
             changed = before.restore()
+            for name in dict.fromkeys(before.lazy):
+                self.recorder.noted.append(
+                    f"{name} is loaded at its first use, by each run: do so before the checkpoint"
+                )
             if changed:
                 raise rehearsal.Failed(f"it changes {changed}, which cannot be put back")
             places.clear()

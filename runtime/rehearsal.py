@@ -345,7 +345,8 @@ def _over(*_: object) -> None:
 
 
 class Exits:
-    """What the pocket's own code registers by atexit during a rehearsal, each run registers again: it is dropped.
+    """What the pocket's own code registers by atexit during a rehearsal, or takes back, each run does again: it is
+    dropped.
 
     It is there from `begin`, before the program may keep the function by another name, to `end`.
     """
@@ -353,18 +354,25 @@ class Exits:
     def __init__(self, tops: Tuple[str, ...]):
         self._tops = tops
         self._plain: Any = atexit.register
+        self._plain_unregister: Any = atexit.unregister
         self.dropping = False
 
     def begin(self) -> None:
         atexit.register = self._register  # type: ignore[assignment]
+        atexit.unregister = self._unregister
 
     def end(self) -> None:
         atexit.register = self._plain
+        atexit.unregister = self._plain_unregister
 
     def _register(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         if self.dropping and sys._getframe(1).f_code.co_filename.startswith(self._tops):
             return function
         return self._plain(function, *args, **kwargs)
+
+    def _unregister(self, function: Any) -> None:
+        if not self.dropping:
+            self._plain_unregister(function)
 
 
 def settle_threads(before: Set[threading.Thread], tops: Tuple[str, ...], seconds: float = 2.0) -> None:

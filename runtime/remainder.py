@@ -79,6 +79,8 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
         )
     if set(running.co_freevars) - {_CLASS} or running.co_flags & _NOT_A_SECOND_TIME:
         raise CannotRepeat("what follows in a generator, or in a function with names of another one, is not rehearsed")
+    if found.function and _shares_names(frame):
+        raise CannotRepeat("what follows a function made in the same one, which changes names of it, is not rehearsed")
     try:
         if not found.function:
             rest = found.rest
@@ -92,6 +94,13 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
     except Exception as e:  # what a part of a function's text can be, there are many rules for
         raise CannotRepeat(f"what follows cannot be run by itself, so it is not rehearsed: {e}") from None
     return lambda: made(**known)
+
+
+def _shares_names(frame: Any) -> bool:
+    """Whether a function that is there by now has names of this one for its own: the rest would have others."""
+    shared = set(frame.f_code.co_cellvars)
+    made = [value for value in names(frame).values() if type(value) is types.FunctionType]
+    return any(shared & set(function.__code__.co_freevars) for function in made)
 
 
 def names(frame: Any) -> Dict[str, Any]:

@@ -8,15 +8,13 @@ generator afterwards, so seeding is watched.
 from __future__ import annotations
 
 import gc
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import random
 import sys
 import time
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
+from runtime.imports import Finder
 from runtime.randomness import STREAMS
 
 # Modules whose functions set a global generator: names of functions, and of the generator as `randomness.renew` has it.
@@ -49,7 +47,7 @@ class Seeds:
         self.operations = 0  # of TensorFlow, that were given a seed: each has a state from then on
         self._context: Any = None
         self._begun = 0.0
-        self._finder = _Finder(self._watch)
+        self._finder = Finder(_WATCHED.__contains__, self._watch)
         self._undo: List[Callable[[], object]] = []
 
     def begin(self) -> None:
@@ -280,40 +278,3 @@ def _tensorflow_seed() -> Any:
     module = sys.modules.get("tensorflow.python.eager.context")
     context = module.context_safe() if module else None
     return getattr(context, "_seed", None)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Tells of a watched module once it has been imported."""
-
-    def __init__(self, told: Callable[[Any], None]):
-        self._told = told
-        self._busy = False
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        if name not in _WATCHED or self._busy:
-            return None
-        self._busy = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._busy = False
-        if spec and spec.loader:
-            spec.loader = _Loader(spec.loader, self._told)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, told: Callable[[Any], None]):
-        self._loader = loader
-        self._told = told
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        self._loader.exec_module(module)
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._told(module)

@@ -7,42 +7,92 @@ from __future__ import annotations
 
 import copyreg
 import gc
+import itertools
+import re
 import sys
 import threading
-from typing import Any, Callable, Dict, Iterator, Tuple
+from contextlib import suppress
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+from runtime import state
+from runtime.imports import Finder
 from runtime.state import is_standard
 
 Setting = Tuple[Callable[[], Any], Callable[[Any], object]]  # how to get it, and how to set it
 
 # Of libraries, what has names for settings alone, beside all that they keep of what is loaded at its first use.
-_OF_LIBRARIES = ("keras.src.backend.config", "tensorflow.python.eager.polymorphic_function.eager_function_run")
+_OF_LIBRARIES = (
+    *("keras.src.backend.config", "tensorflow.python.eager.polymorphic_function.eager_function_run"),
+    *("PIL.Image", "PIL.ImageFile"),
+)
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that can be changed
 
 
 class Settings:
-    """All that there are now, to be put back by `restore`."""
+    """All that there are now, to be put back by `restore`, and those of what is imported until then, as that leaves
+    them."""
 
     def __init__(self) -> None:
-        self._names = {name: dict(vars(module)) for name, module in _modules()}
-        self._values = [(put, get()) for get, put in _functions()]
+        self._names: Dict[str, Dict[str, Any]] = {}
+        self._classes: List[Tuple[Any, Dict[str, Any]]] = []
+        self._modules = dict(sys.modules)
+        self._values: List[Tuple[Callable[[Any], object], Any]] = []
+        self._note(_functions())
+        for name, module in self._modules.items():
+            self._take(name, module)
+        sys.meta_path.insert(0, Finder(_has_settings, lambda module: self._take(module.__name__, module)))
+
+    def _take(self, name: str, module: Any) -> None:
+        if not _has_settings(name) or not hasattr(module, "__dict__"):
+            return
+        if is_standard(name) or name in _OF_LIBRARIES:
+            self._names[name] = dict(vars(module))
+        for kind in list(vars(module).values()) if is_standard(name) else ():
+            if isinstance(kind, type) and kind.__module__ == name and kind.__flags__ & _HEAP:
+                self._classes.append((kind, state.look_class(kind)))
+        if name in _OF_MODULES:
+            self._note(_OF_MODULES[name](module))
+
+    def _note(self, settings: Iterator[Setting]) -> None:
+        with suppress(Exception):  # of another version of the module
+            for get, put in settings:
+                self._values.append((put, get()))
 
     def restore(self) -> None:
-        for name, module in _modules():
-            there, had = vars(module), self._names.get(name)
-            if had is None:
-                continue  # it was imported meanwhile
-            for key in [key for key in there if key not in had]:
-                del there[key]
-            for key in [key for key, value in had.items() if there.get(key, had) is not value]:
-                there[key] = had[key]
-        for put, value in self._values:
-            put(value)
+        for name, known in self._modules.items():
+            if sys.modules.get(name) is not known:
+                sys.modules[name] = known
+        for name, module in list(sys.modules.items()):
+            if name not in self._modules and _is_by_hand(name, module):
+                del sys.modules[name]
+            elif name in self._names:
+                _put_names(name, vars(module), self._names[name])
+        for kind, held in self._classes:
+            if not state.identical(held, state.look_class(kind)):
+                state.put_class(kind, held)
+        for put, value in reversed(self._values):
+            with suppress(Exception):
+                put(value)
 
 
-def _modules() -> Iterator[Tuple[str, Any]]:
-    for name, module in list(sys.modules.items()):
-        if (is_standard(name) and name != "sys" and hasattr(module, "__dict__")) or name in _OF_LIBRARIES:
-            yield name, module
+def _is_by_hand(name: str, module: Any) -> bool:
+    """Whether nothing was imported by that name; what a library makes beneath its own it may need."""
+    above = sys.modules.get(name.partition(".")[0])
+    made = getattr(module, "__spec__", None) is None and getattr(above, "__spec__", None) is None
+    return made and "cython" not in name
+
+
+def _has_settings(name: str) -> bool:
+    return is_standard(name) or name in _OF_LIBRARIES or name in _OF_MODULES
+
+
+def _put_names(module: str, there: Dict[str, Any], had: Dict[str, Any]) -> None:
+    """But for those of modules in it that are imported by now."""
+    for key in [key for key in there if key not in had]:
+        if there[key] is None or there[key] is not sys.modules.get(f"{module}.{key}"):
+            del there[key]
+    for key in [key for key, value in had.items() if there.get(key, had) is not value]:
+        there[key] = had[key]
 
 
 def _functions() -> Iterator[Setting]:
@@ -51,11 +101,13 @@ def _functions() -> Iterator[Setting]:
     yield threading.stack_size, threading.stack_size
     if hasattr(sys, "get_int_max_str_digits"):
         yield sys.get_int_max_str_digits, sys.set_int_max_str_digits
-    for held in (sys.meta_path, sys.path_hooks, copyreg.dispatch_table):
+    yield sys.gettrace, lambda value: None if sys.gettrace() is value else sys.settrace(value)
+    yield sys.getprofile, lambda value: None if sys.getprofile() is value else sys.setprofile(value)
+    for held in (sys.meta_path, sys.path_hooks, copyreg.dispatch_table, gc.callbacks):
         yield _contents(held)
-    for name, made in _OF_MODULES.items():
-        if name in sys.modules:
-            yield from made(sys.modules[name])
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "__dict__"):
+            yield _contents(vars(stream))
 
 
 def _contents(held: Any) -> Setting:
@@ -64,6 +116,37 @@ def _contents(held: Any) -> Setting:
         held.update(value) if isinstance(held, dict) else held.extend(value)
 
     return held.copy, put
+
+
+def _counter(holder: Any, name: str, method: bool) -> Setting:
+    """An itertools.count by which things get names (Thread-1): made anew at where it was."""
+
+    def get() -> int:
+        count = getattr(holder, name).__self__ if method else getattr(holder, name)
+        return int(re.sub(r"[^0-9]", "", repr(count)))
+
+    def put(value: int) -> None:
+        if get() != value:
+            count = itertools.count(value)
+            setattr(holder, name, count.__next__ if method else count)
+
+    return get, put
+
+
+def _threading(threading: Any) -> Iterator[Setting]:
+    yield _counter(threading, "_counter", True)
+
+
+def _executors(thread: Any) -> Iterator[Setting]:
+    yield _counter(thread.ThreadPoolExecutor, "_counter", True)
+
+
+def _tasks(tasks: Any) -> Iterator[Setting]:
+    yield _counter(tasks, "_task_name_counter", True)
+
+
+def _children(process: Any) -> Iterator[Setting]:
+    yield _counter(process, "_process_counter", False)
 
 
 def _attribute(holder: Any, name: str) -> Setting:
@@ -115,15 +198,15 @@ def _numpy(numpy: Any) -> Iterator[Setting]:
 def _keras(keras: Any) -> Iterator[Setting]:
     """Names that it gives to what has none, and what is switched on and off."""
     plain = (bool, int, float, str, type(None))
-    counted = "object_name_uids"
+    counted, policy = "object_name_uids", "dtype_policy"
 
     def get() -> Dict[str, Any]:
-        there = vars(keras.GLOBAL_STATE_TRACKER)
-        return {k: dict(v) if k == counted else v for k, v in there.items() if isinstance(v, plain) or k == counted}
+        there = {k: v for k, v in vars(keras.GLOBAL_STATE_TRACKER).items() if isinstance(v, plain) or k == policy}
+        return {**there, counted: dict(vars(keras.GLOBAL_STATE_TRACKER).get(counted, {}))}
 
     def put(had: Dict[str, Any]) -> None:
         there = vars(keras.GLOBAL_STATE_TRACKER)
-        for key in [k for k, v in there.items() if isinstance(v, plain) and k not in had]:
+        for key in [k for k, v in there.items() if (isinstance(v, plain) or k == policy) and k not in had]:
             del there[key]
         names = there.get(counted)
         if names is not None:
@@ -143,6 +226,10 @@ def _registered(keras: Any) -> Iterator[Setting]:
 _OF_MODULES: Dict[str, Callable[[Any], Iterator[Setting]]] = {
     "logging": _logging,
     "socket": _socket,
+    "threading": _threading,
+    "concurrent.futures.thread": _executors,
+    "asyncio.tasks": _tasks,
+    "multiprocessing.process": _children,
     "csv": _csv,
     "decimal": _decimal,
     "faulthandler": _faults,

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 import weakref
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from runtime import carried, seeds, settings, state
 
@@ -36,6 +36,9 @@ class Snapshot:
         self.collecting = gc.isenabled()
         self.finalizers = dict(_finalizers())
         self.modules = set(sys.modules)
+        self.lazy: List[str] = []
+        self.nice = os.getpriority(os.PRIO_PROCESS, 0)
+        self.processors = os.sched_getaffinity(0)
         self.environment = dict(os.environb)
         self.path = list(sys.path)
         self.process = carried.state()
@@ -58,7 +61,7 @@ class Snapshot:
                 del sys.modules[name]  # imported again, by each run
             elif name in self.names:
                 there, had = vars(module), self.names[name]
-                had = {**had, **state.warm_names(had, there, self.own.__contains__)}
+                self.state.lazy += state.loaded({**dict.fromkeys(there, there), **had}, there, self.own.__contains__)
                 for key in [key for key in there if key not in had]:
                     del there[key]
                 there.update(had)
@@ -67,6 +70,7 @@ class Snapshot:
                     had["__warningregistry__"].update(self.warned[name])
         self.operations.end()
         left = self.state.restore()
+        self.lazy = self.state.lazy
         self.settings.restore()
         del self.state, self.settings
         for variable in [variable for variable in os.environb if variable not in self.environment]:
@@ -76,10 +80,15 @@ class Snapshot:
                 os.environb[variable] = text
         sys.path[:] = self.path
         carried.put(carried.differing(self.process, carried.state()))
+        os.sched_setaffinity(0, self.processors)
+        lowered = [*carried.differing(self.process, carried.state())]
+        lowered += ["its priority"] if os.getpriority(os.PRIO_PROCESS, 0) != self.nice else []
+        left = left or ", ".join(lowered) or None
         warnings.filters[:] = self.filters  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]
         for finalizer in [f for f in _finalizers() if f not in self.finalizers]:
             finalizer.detach()
+        _finalizers().update({f: about for f, about in self.finalizers.items() if about.weakref() is not None})
         (gc.enable if self.collecting else gc.disable)()
         for number, handler in self.handlers.items():
             if handler is not None and signal.getsignal(number) is not handler and number not in _FIXED:
@@ -118,7 +127,7 @@ def _copy(value: Any) -> Any:
 
 def _put_loggers(known: Dict[Any, Dict[str, Any]]) -> None:
     for logger in _loggers():
-        had = known.get(logger, _NEW)
+        had = known.get(logger) or {**_NEW, "level": 30 if logger.parent is None else 0}  # a root's is WARNING
         for name, value in had.items():
             if isinstance(value, list):
                 getattr(logger, name)[:] = value

@@ -1,8 +1,8 @@
 """What a program has made by its checkpoint: what a rehearsal changes in it is put back, or else named.
 
-Seen is what can be reached from the program's own names through containers, objects of its own classes, functions and
-classes; arrays, and TensorFlow's variables wherever they are. Objects of libraries are left as the rehearsal has warmed
-them, and so is what was None, or not there, and holds one now: it is loaded at its first use.
+Seen is what can be reached from the program's own names through containers, objects of its own classes (where those
+derive from no library's), functions and classes; arrays, and TensorFlow's variables wherever they are. Objects of
+libraries are left as the rehearsal has warmed them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import itertools
 import operator
 import sys
+import threading
 import types
 import weakref
 import zlib
@@ -42,6 +43,7 @@ class State:
         self._pieces: List[Tuple[str, Any, _Kind, Any]] = []
         self._seen: Set[int] = set()
         self._copied = 0
+        self.lazy: List[str] = []  # by what names a library's objects were loaded at their first use
         self._variables = _Variables()
         self.whole = True  # all of it has been looked at
         waiting = [(name, value) for _, names in roots for name, value in list(names.items())]
@@ -57,8 +59,8 @@ class State:
     def _take(self, label: str, thing: Any) -> Iterator[Any]:
         """Note what it holds; gives what is to be looked at next."""
         kind = type(thing)
-        if kind in (tuple, frozenset):
-            yield from thing
+        if issubclass(kind, (tuple, frozenset)):
+            yield from (tuple if issubclass(kind, tuple) else frozenset).__iter__(thing)
         elif kind is functools.partial:
             yield from (thing.func, *thing.args, *thing.keywords.values())
         elif kind is types.MethodType:
@@ -68,13 +70,25 @@ class State:
                 self._keep(label, thing, _FUNCTION)
                 yield from (*vars(thing).values(), *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
                 yield from thing.__closure__ or ()
+        elif kind in (staticmethod, classmethod):
+            yield thing.__func__
+        elif kind is property:
+            yield from (thing.fget, thing.fset, thing.fdel)
+        elif kind is functools._lru_cache_wrapper:
+            self._keep(label, thing, _CACHE)
+            yield thing.__wrapped__
+        elif kind is types.MappingProxyType:
+            yield from gc.get_referents(thing)
+        elif kind is types.ModuleType:
+            if self._is_made(thing):
+                yield from self._keep(label, thing, _MODULE).values()
         elif kind is types.CellType:
             yield from self._keep(label, thing, _CELL)
         elif issubclass(kind, type):
             if self._own(thing.__module__):
                 yield from self._keep(label, thing, _CLASS).values()
         elif issubclass(kind, _array_type()):
-            self._take_array(label, thing)
+            yield from self._take_array(label, thing)
         else:
             yield from self._take_object(label, thing)
 
@@ -87,6 +101,8 @@ class State:
                     continue
                 held = self._keep(label, thing, piece)
                 yield from itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held
+        if self._own(type(thing).__module__):
+            yield type(thing)
         if self._is_plain(type(thing)):
             if hasattr(thing, "__dict__"):
                 yield from self._keep(label, thing, _ATTRIBUTES).values()
@@ -101,18 +117,29 @@ class State:
         self._pieces.append((label, thing, kind, held))
         return held
 
-    def _take_array(self, label: str, thing: Any) -> None:
-        if not thing.flags.writeable or thing.dtype.hasobject or type(thing).__name__ == "memmap":
+    def _take_array(self, label: str, thing: Any) -> Iterator[Any]:
+        if not thing.flags.writeable or type(thing).__name__ == "memmap":
+            return
+        if thing.dtype.hasobject:
+            if thing.dtype == object and thing.size <= MOST:
+                yield from self._keep(label, thing, _OBJECT_ARRAY)
             return
         self._copied += thing.nbytes
         self._keep(label, thing, _ARRAY if self._copied <= _COPIED else _LARGE_ARRAY)
 
     def _is_plain(self, kind: type) -> bool:
         """Whether all of its objects is the program's, or of the standard library's classes that only hold things."""
-        return (self._own(kind.__module__) or kind in _HOLDERS) and all(
-            self._own(base.__module__) or base in _HOLDERS or base in _CONTAINERS or base.__module__ in _BASES
-            for base in kind.__mro__
-        )
+        if kind in _HOLDERS:
+            return True
+        bases = [base for base in kind.__mro__ if not self._own(base.__module__)]
+        if threading.Condition in bases:
+            return False  # see _holders
+        return self._own(kind.__module__) and all(is_standard(base.__module__) for base in bases)
+
+    def _is_made(self, module: Any) -> bool:
+        """Whether the program has made it, and nobody imported it, or it is its own by another way than an import."""
+        spec = getattr(module, "__spec__", None)
+        return spec is None and getattr(module, "__file__", None) is None and not is_standard(module.__name__)
 
     def restore(self) -> Optional[str]:
         """Put back what is not as it was. What cannot be, in words; None where there is nothing."""
@@ -120,27 +147,23 @@ class State:
         for label, thing, kind, held in self._pieces:
             try:
                 now = kind.look(thing)
-                wanted = _with_warmth(held, now, self._own) if type(held) is dict else held
-                if kind.same(wanted, now):
+                if kind.same(held, now):
                     continue
                 if kind.put is None:
                     raise TypeError
-                kind.put(thing, wanted)
+                if kind is _CACHE and any(_is_warm(value, self._own) for value in _cached(thing)):
+                    self.lazy.append(thing.__name__)
+                elif type(held) is dict and loaded(held, now, self._own):
+                    self.lazy.append(label)
+                kind.put(thing, held)
             except Exception:
                 failed = failed or f"{label}, or what it holds, of type {type(thing).__name__}"
         return failed or self._variables.restore()
 
 
-def warm_names(held: Names, now: Names, own: Callable[[str], bool]) -> Names:
-    """Names of a module that were None and are now what was loaded at its first use."""
-    return {
-        name: now[name] for name, value in held.items() if value is None and name in now and _is_warm(now[name], own)
-    }
-
-
-def _with_warmth(held: Dict[Any, Any], now: Dict[Any, Any], own: Callable[[str], bool]) -> Dict[Any, Any]:
-    """What was there, with what has been loaded at its first use where there was nothing."""
-    return {**held, **{k: v for k, v in now.items() if held.get(k) is None and v is not None and _is_warm(v, own)}}
+def loaded(held: Dict[Any, Any], now: Dict[Any, Any], own: Callable[[str], bool]) -> List[Any]:
+    """Names for nothing, or None, that are for a library's object now."""
+    return [k for k, v in now.items() if held.get(k) is None and v is not None and _is_warm(v, own)]
 
 
 def _is_warm(value: Any, own: Callable[[str], bool], deep: int = _DEEP) -> bool:
@@ -169,7 +192,7 @@ def _identical(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _identical_pairs(a: Dict[Any, Any], b: Dict[Any, Any]) -> bool:
+def identical(a: Dict[Any, Any], b: Dict[Any, Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b)) and all(map(operator.is_, a.values(), b.values()))
 
 
@@ -186,9 +209,36 @@ def _put_by(clear: Any, fill: Any) -> Callable[[Any, Any], None]:
 
 
 def _put_attributes(thing: Any, held: Names) -> None:
-    there = thing.__dict__
+    there, attributes = thing.__dict__, dict(held)
+    kind = attributes.pop("(class)", None)
     there.clear()
-    there.update(held)
+    there.update(attributes)
+    if kind not in (None, type(thing)):
+        object.__setattr__(thing, "__class__", kind)
+
+
+def _put_names(module: Any, held: Names) -> None:
+    _put_attributes(module, held)
+
+
+def _cached(function: Any) -> List[Any]:
+    """What a functools.lru_cache holds by now: one without a limit in a dict."""
+    found: List[Any] = []
+    for place in gc.get_referents(function):
+        found += place.values() if type(place) is dict and place is not function.__dict__ else [place]
+    return [value for value in found if type(value) not in (dict, tuple, types.FunctionType)]
+
+
+def _clear_cache(function: Any, held: int) -> None:
+    """One that held something keeps what has been added: it cannot be taken out alone."""
+    if not held:
+        function.cache_clear()
+
+
+def _put_objects(thing: Any, held: List[Any]) -> None:
+    flat = thing.flat
+    for n, value in enumerate(held):
+        flat[n] = value
 
 
 def _slots(kind: type) -> Dict[str, Any]:
@@ -217,12 +267,16 @@ def _put_slots(thing: Any, held: Names) -> None:
             member.__delete__(thing)
 
 
-def _look_class(kind: Any) -> Names:
+def look_class(kind: Any) -> Names:
     return {k: v for k, v in vars(kind).items() if type(v) not in _DESCRIPTORS}
 
 
-def _put_class(kind: Any, held: Names) -> None:
-    now = _look_class(kind)
+def _look_attributes(thing: Any) -> Names:
+    return {**thing.__dict__, "(class)": type(thing)}
+
+
+def put_class(kind: Any, held: Names) -> None:
+    now = look_class(kind)
     for name in [name for name in now if name not in held]:
         type.__delattr__(kind, name)
     for name, value in held.items():
@@ -231,12 +285,14 @@ def _put_class(kind: Any, held: Names) -> None:
 
 
 def _look_function(function: Any) -> Names:
-    return {**vars(function), "(defaults)": function.__defaults__, "(keywords)": function.__kwdefaults__}
+    given = {"(defaults)": function.__defaults__, "(keywords)": function.__kwdefaults__, "(code)": function.__code__}
+    return {**vars(function), **given}
 
 
 def _put_function(function: Any, held: Names) -> None:
     attributes = dict(held)
     function.__defaults__, function.__kwdefaults__ = attributes.pop("(defaults)"), attributes.pop("(keywords)")
+    function.__code__ = attributes.pop("(code)")
     _put_attributes(function, attributes)
 
 
@@ -259,8 +315,21 @@ def _place(thing: Any) -> Any:
     if type(thing) is itertools.count:
         return repr(thing)
     if type(thing) is types.GeneratorType:
-        return -1 if thing.gi_frame is None else thing.gi_frame.f_lasti
+        frame = thing.gi_frame
+        return -1 if frame is None else (frame.f_lasti, *map(id, frame.f_locals.values()))
+    if type(thing) in (enumerate, zip, map, filter, itertools.chain):
+        return repr([_place(inner) for inner in _within(thing)]) + repr(_numbers(thing))
     return thing.__length_hint__() if type(thing) in _ITERATORS else None
+
+
+def _within(iterator: Any) -> Iterator[Any]:
+    """Iterators that it goes through."""
+    for inner in gc.get_referents(iterator):
+        yield from gc.get_referents(inner) if type(inner) is tuple else [inner]
+
+
+def _numbers(iterator: Any) -> Any:
+    return iterator.__reduce__()[1][1:] if type(iterator) is enumerate else ()
 
 
 def _put_array(thing: Any, held: Any) -> None:
@@ -286,46 +355,50 @@ def _array_type() -> Tuple[type, ...]:
     return (numpy.ndarray,) if numpy else ()
 
 
-_PLAIN = {int, float, bool, complex, str, bytes, type(None), type(Ellipsis), range, slice, types.ModuleType}
-_FUNCTION = _Kind(_look_function, _identical_pairs, _put_function)
+_PLAIN = {int, float, bool, complex, str, bytes, type(None), type(Ellipsis), range, slice}
+_FUNCTION = _Kind(_look_function, identical, _put_function)
 _CELL = _Kind(_look_cell, _identical, _put_cell)
-_CLASS = _Kind(_look_class, _identical_pairs, _put_class)
-_ATTRIBUTES = _Kind(lambda thing: dict(thing.__dict__), _identical_pairs, _put_attributes)
-_SLOTS = _Kind(_look_slots, _identical_pairs, _put_slots)
+_CLASS = _Kind(look_class, identical, put_class)
+_ATTRIBUTES = _Kind(_look_attributes, identical, _put_attributes)
+_MODULE = _Kind(lambda thing: dict(thing.__dict__), identical, _put_names)
+_CACHE = _Kind(lambda thing: thing.cache_info().currsize, operator.eq, _clear_cache)
+_OBJECT_ARRAY = _Kind(lambda thing: list(thing.flat), _identical, _put_objects)
+_SLOTS = _Kind(_look_slots, identical, _put_slots)
 _ITERATOR = _Kind(_place, operator.eq)
 _ARRAY = _Kind(lambda thing: thing.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
 _LARGE = _Kind(_identities, operator.eq)
 _LARGE_ARRAY = _Kind(_checksum, operator.eq)
-_PAIRS = _Kind(dict, _identical_pairs, _put_by(dict.clear, dict.update))
+_PAIRS = _Kind(lambda thing: dict(dict.items(thing)), identical, _put_by(dict.clear, dict.update))
+_OD = collections.OrderedDict
+_ORDERED = _Kind(lambda thing: dict(_OD.items(thing)), identical, _put_by(_OD.clear, _OD.update))
 _CONTAINERS: Dict[type, _Kind] = {
     list: _Kind(lambda thing: list(list.__iter__(thing)), _identical, _put_list),
-    collections.OrderedDict: _Kind(
-        dict, _identical_pairs, _put_by(collections.OrderedDict.clear, collections.OrderedDict.update)
-    ),
+    collections.OrderedDict: _ORDERED,
     dict: _PAIRS,
     collections.defaultdict: _PAIRS,
     collections.Counter: _PAIRS,
     set: _Kind(lambda thing: list(set.__iter__(thing)), _identical, _put_by(set.clear, set.update)),
     collections.deque: _Kind(list, _identical, _put_by(collections.deque.clear, collections.deque.extend)),
+    array.array: _Kind(lambda thing: thing[:], operator.eq, lambda thing, held: thing.__setitem__(slice(None), held)),
     bytearray: _Kind(bytes, operator.eq, lambda thing, held: bytearray.__setitem__(thing, slice(None), held)),
 }
 _MADE: Tuple[Any, ...] = ([], (), {}, set(), b"", range(0), collections.deque())
 _ITERATORS = {type(iter(made)) for made in _MADE}
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
-_BASES = ("builtins", "abc", "typing", "enum", "collections.abc", "_collections_abc")  # of them objects hold nothing
 
 
 def _holders() -> Set[type]:
-    """Of the standard library, in Python, whose objects hold what a program gives them."""
+    """Of the standard library, whose objects hold what a program gives them. A Condition's waiting threads are no such
+    thing: they wait by locks that are where they have come to since."""
     import argparse
     import queue
-    import threading
 
     return {
         *(types.SimpleNamespace, argparse.Namespace, enum.Enum),
         *(collections.UserDict, collections.UserList, collections.ChainMap),
         *(queue.Queue, queue.LifoQueue, queue.PriorityQueue),
-        *(threading.Event, threading.Condition, threading.Semaphore, threading.BoundedSemaphore),
+        *(threading.Event, threading.Semaphore, threading.BoundedSemaphore, threading.local),
+        *(weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet),
     }
 
 

@@ -155,7 +155,6 @@ def test_a_rehearsal_that_fails_is_told_and_the_pocket_held_without(hold, what):
 
 
 KEPT = {
-    "a cache": "@functools.cache\ndef words():\n    return parser.parse_args()\n",
     "a library's object": f"{HIDDEN}kept.it = None\ndef words():\n    kept.it = kept.it or parser.parse_args()\n    return kept.it\n",
 }
 
