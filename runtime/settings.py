@@ -40,7 +40,11 @@ class Settings:
         self._note(_functions())
         for name, module in self._modules.items():
             self._take(name, module)
-        sys.meta_path.insert(0, Finder(_has_settings, lambda module: self._take(module.__name__, module)))
+        sys.meta_path.insert(0, Finder(_has_settings, self._imported))
+
+    def _imported(self, module: Any) -> None:
+        with suppress(Exception):  # it is the program's import, not ours
+            self._take(module.__name__, module)
 
     def _take(self, name: str, module: Any) -> None:
         if not _has_settings(name) or not hasattr(module, "__dict__"):
@@ -60,7 +64,8 @@ class Settings:
 
     def restore(self) -> None:
         for name, known in self._modules.items():
-            if sys.modules.get(name) is not known:
+            now = sys.modules.get(name)
+            if now is None or (now is not known and is_standard(name)):  # a library may put itself in its own place
                 sys.modules[name] = known
         for name, module in list(sys.modules.items()):
             if name not in self._modules and _is_by_hand(name, module):
