@@ -156,7 +156,6 @@ class Checkpointed(Held):
         self.reports = os.memfd_create("pages", os.MFD_CLOEXEC)
         try:
             again = self.remainder(frame)
-            before = snapshot.Snapshot(self.recorder.tops, remainder.names(frame), self.seeds.operations)
 
             def become(words: List[str], out: int, err: int) -> None:
                 self.child = True
@@ -168,10 +167,6 @@ class Checkpointed(Held):
                 self.play(words, out, err)
                 rehearsal.Until(until).begin()
 
-            if not before.state.whole:
-                self.recorder.noted.append(
-                    f"it has made more than {state.MOST} objects: what its sample changes in others is not seen"
-                )
             # A run of the same sample is the same where something kept its arguments: a cache, a class's attribute.
             # What a run does without any is tried where it may write nothing, since nobody has said that it may.
             proofs = []
@@ -181,6 +176,11 @@ class Checkpointed(Held):
                     return
                 if proof:
                     proofs.append((words, proof))
+            before = snapshot.Snapshot(self.recorder.tops, remainder.names(frame), self.seeds.operations)
+            if not before.state.whole:
+                self.recorder.noted.append(
+                    f"it has made more than {state.MOST} objects: what its sample changes in others is not seen"
+                )
             contents = [ctypes.string_at(o.range[0], o.range[1] - o.range[0]) for o in self.shared if o.range]
             self.share()
             streams = self.streams.open_ones()

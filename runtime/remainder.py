@@ -7,10 +7,11 @@ after them. A loop, `with` and `try` have a state that no second run could have,
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import types
 import warnings
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set
 
 Body = List[ast.stmt]
 _CLASS = "__class__"  # a name of each method that says super(), by which that finds its class
@@ -79,7 +80,7 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
         )
     if set(running.co_freevars) - {_CLASS} or running.co_flags & _NOT_A_SECOND_TIME:
         raise CannotRepeat("what follows in a generator, or in a function with names of another one, is not rehearsed")
-    if found.function and _shares_names(frame):
+    if found.function and _shares_names(frame, found.rest):
         raise CannotRepeat("what follows a function made in the same one, which changes names of it, is not rehearsed")
     try:
         if not found.function:
@@ -96,11 +97,16 @@ def of_frame(found: Optional[Found], frame: Any, path: str, flags: int) -> Calla
     return lambda: made(**known)
 
 
-def _shares_names(frame: Any) -> bool:
-    """Whether a function that is there by now has names of this one for its own: the rest would have others."""
-    shared = set(frame.f_code.co_cellvars)
-    made = [value for value in names(frame).values() if type(value) is types.FunctionType]
-    return any(shared & set(function.__code__.co_freevars) for function in made)
+def _shares_names(frame: Any, rest: Body) -> bool:
+    """Whether a function that is there by now has names of this one, and it or the rest binds them anew: the rest, run
+    by itself, has names of its own."""
+    shared: Set[str] = set()
+    bound = {n.id for s in rest for n in ast.walk(s) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    for function in names(frame).values():
+        if type(function) is types.FunctionType:
+            shared |= set(function.__code__.co_freevars) & set(frame.f_code.co_cellvars)
+            bound |= {i.argval for i in dis.get_instructions(function) if i.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    return bool(shared & bound)
 
 
 def names(frame: Any) -> Dict[str, Any]:

@@ -95,6 +95,10 @@ class State:
     def _take_object(self, label: str, thing: Any) -> Iterator[Any]:
         for base, piece in _CONTAINERS.items():
             if issubclass(type(thing), base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
+                if base in _BYTES:
+                    self._copied += len(thing) * getattr(thing, "itemsize", 1)
+                    self._keep(label, thing, piece if self._copied <= _COPIED else _LARGE_BYTES)
+                    continue
                 if len(thing) > MOST:
                     self._keep(label, thing, _LARGE)
                     self.whole = False
@@ -367,6 +371,8 @@ _SLOTS = _Kind(_look_slots, identical, _put_slots)
 _ITERATOR = _Kind(_place, operator.eq)
 _ARRAY = _Kind(lambda thing: thing.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
 _LARGE = _Kind(_identities, operator.eq)
+_LARGE_BYTES = _Kind(zlib.crc32, operator.eq)
+_BYTES = (bytearray, array.array)
 _LARGE_ARRAY = _Kind(_checksum, operator.eq)
 _PAIRS = _Kind(lambda thing: dict(dict.items(thing)), identical, _put_by(dict.clear, dict.update))
 _OD = collections.OrderedDict

@@ -159,7 +159,7 @@ PROGRAMS = {
     "its namespace": f"x = 1\n{HERE}print(sorted(n for n in globals() if n != '__annotations__'), __cached__, __package__, type(__loader__).__name__)\n",
     "collection": f"import gc\n{HERE}print(gc.isenabled(), gc.get_threshold(), gc.get_freeze_count() if 0 else '')\n",
     "collection off": f"import gc\ngc.disable()\n{HERE}print(gc.isenabled())\n",
-    "hooks": f"import sys\n{HERE}print([type(f).__name__ if isinstance(f, object) else f for f in sys.meta_path], sys.gettrace(), sys.flags)\n",
+    "hooks": f"import sys\n{HERE}print([type(f).__name__ if isinstance(f, object) else f for f in sys.meta_path if type(f).__name__ != '_OfPocketd'], sys.gettrace(), sys.flags)\n",
     "search path": f"import sys\n{HERE}print(sys.path)\n",
     "functions as they are": (
         f"import os, random, sys\n{HERE}print(os.getcwd, os.isatty, os.get_terminal_size, type(os.environ), random.seed, type(sys.argv), open)\n"

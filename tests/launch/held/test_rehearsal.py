@@ -582,3 +582,23 @@ def test_a_sample_that_waits_for_its_input(hold):
     facts = pocket.warm()
     assert facts["rehearsed"] is True, facts["not_rehearsed"]
     pocket.same("a", input=b"text")
+
+
+def test_the_rest_of_a_function_that_shares_names_with_another(hold):
+    """Which changes them: the rest, run by itself, would not see that."""
+    source = """
+        import sys
+        def main():
+            count = 0
+            def more():
+                nonlocal count
+                count += 1
+            here = None
+            more()
+            print(count, sys.argv[1:])
+        main()
+    """
+    pocket = hold(textwrap.dedent(source), "app.py:8", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "which changes names of it" in facts["not_rehearsed"]
+    pocket.same("a")

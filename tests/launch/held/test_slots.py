@@ -242,7 +242,8 @@ def test_what_a_run_makes_its_own_is_made_ahead(hold):
     cases: list[tuple[dict[str, list[str]], bytes]] = [({}, b"many\n"), ({"rehearse": []}, b"few\n")]
     for keys, found in cases:
         pocket = hold(source, "here =", warm=1, **keys)
-        assert pocket.warm()["rehearsed"] is bool(keys)
+        facts = pocket.warm()
+        assert facts["rehearsed"] is bool(keys), facts["not_rehearsed"]
         assert ready(pocket, 1)
         assert pocket.pocket() == Ended(0, found, b"")
 
@@ -271,7 +272,8 @@ def test_so_are_those_that_its_end_writes(hold):
     cases: list[tuple[dict[str, list[str]], bytes]] = [({}, b"many"), ({"rehearse": []}, b"few")]
     for keys, found in cases:
         pocket = hold(source, "here =", warm=1, **keys)
-        assert pocket.warm()["rehearsed"] is bool(keys)
+        facts = pocket.warm()
+        assert facts["rehearsed"] is bool(keys), facts["not_rehearsed"]
         assert ready(pocket, 1)
         assert pocket.pocket() == Ended(0, found, b"")
 
