@@ -133,7 +133,7 @@ class Init(Templates, Holding, Slots, Output):
         for t in [t for t in self.templates.values() if t.resting <= now]:
             self.hear_errors(t)
         late = [s for s in self.sessions.values() if not s.pid and s.deadline <= now]
-        for s in [s for s in late if s.ended and s.request is None]:
+        for s in [s for s in late if s.ended and s.request is None and s.events >= 0]:
             self.linger(s)
             late.remove(s)
         for number in {s.template for s in late}:

@@ -260,12 +260,13 @@ class Recorder:
         is, on its caller. (No audit event tells.)"""
         plain = getattr(os, name)
 
-        def looks(path: Any, *args: Any, **kwargs: Any) -> Any:
+        def looks(*args: Any, **kwargs: Any) -> Any:
+            path = args[0] if args else kwargs.get("path", kwargs.get("fd"))
             if _active is self and (_STREAM.fullmatch(path) if isinstance(path, str) else path in (0, 1, 2)):
                 self.looks_at_stream(path, sys._getframe(1))
             elif _active is self and not isinstance(path, int) and kwargs.get("dir_fd") is None:
-                self._named(os.fspath(path))
-            return plain(path, *args, **kwargs)
+                self._named(path if path is None else os.fspath(path))
+            return plain(*args, **kwargs)
 
         self._set(os, name, looks)
         for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids):
@@ -284,10 +285,11 @@ class Recorder:
         """For standard input, with something in it or at its end by then."""
         plain = select.select
 
-        def selects(*lists: Any, **kwargs: Any) -> Any:
-            if _active is self and self.program and any(_number(f) == 0 for f in lists[0]):
+        def selects(readable: Any, *others: Any) -> Any:
+            readable = list(readable)
+            if _active is self and self.program and any(_number(f) == 0 for f in readable):
                 self.refuse(f"it waits for standard input{self.line(sys._getframe(1))}")
-            return plain(*lists, **kwargs)
+            return plain(readable, *others)
 
         self._set(select, "select", selects)
 

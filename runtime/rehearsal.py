@@ -162,10 +162,8 @@ class Places:
                         s = os.lstat(path)
                     except OSError:
                         continue
-                    yield (
-                        path,
-                        (s.st_mode, *((0,) * 3 if name in directories else (s.st_ino, s.st_mtime_ns, s.st_size))),
-                    )
+                    of_file = (0, 0, 0) if name in directories else (s.st_ino, s.st_mtime_ns, s.st_size)
+                    yield path, (s.st_mode, *of_file)
 
     def written(self) -> Dict[str, Tuple[int, str]]:
         """What is new or changed: mode and digest by path. Bytecode that Python keeps of what it imported does not

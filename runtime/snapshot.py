@@ -43,7 +43,6 @@ class Snapshot:
         self.path = list(sys.path)
         self.process = carried.state()
         self.handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
-        self.sys = {name: getattr(sys, name, None) for name in _SYS}
         self.limit = sys.getrecursionlimit()
         self.random = states()
         self.loggers = _loggers()
@@ -93,8 +92,6 @@ class Snapshot:
         for number, handler in self.handlers.items():
             if handler is not None and signal.getsignal(number) is not handler and number not in _FIXED:
                 signal.signal(number, handler)
-        for name, value in self.sys.items():
-            setattr(sys, name, value)
         sys.setrecursionlimit(self.limit)
         _put_loggers(self.loggers)
         gc.collect()
@@ -143,16 +140,6 @@ def _finalizers() -> Any:
     return weakref.finalize._registry  # type: ignore[attr-defined]
 
 
-_SYS = (
-    "stdin",
-    "stdout",
-    "stderr",
-    "excepthook",
-    "displayhook",
-    "unraisablehook",
-    "breakpointhook",
-    "dont_write_bytecode",
-)
 _FIXED = (signal.SIGKILL, signal.SIGSTOP)
 
 

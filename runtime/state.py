@@ -141,7 +141,7 @@ class State:
         return self._own(kind.__module__) and all(is_standard(base.__module__) for base in bases)
 
     def _is_made(self, module: Any) -> bool:
-        """Whether the program has made it, and nobody imported it, or it is its own by another way than an import."""
+        """Whether it was made by hand, and nobody imported it."""
         spec = getattr(module, "__spec__", None)
         return spec is None and getattr(module, "__file__", None) is None and not is_standard(module.__name__)
 
@@ -219,10 +219,6 @@ def _put_attributes(thing: Any, held: Names) -> None:
     there.update(attributes)
     if kind not in (None, type(thing)):
         object.__setattr__(thing, "__class__", kind)
-
-
-def _put_names(module: Any, held: Names) -> None:
-    _put_attributes(module, held)
 
 
 def _cached(function: Any) -> List[Any]:
@@ -364,7 +360,7 @@ _FUNCTION = _Kind(_look_function, identical, _put_function)
 _CELL = _Kind(_look_cell, _identical, _put_cell)
 _CLASS = _Kind(look_class, identical, put_class)
 _ATTRIBUTES = _Kind(_look_attributes, identical, _put_attributes)
-_MODULE = _Kind(lambda thing: dict(thing.__dict__), identical, _put_names)
+_MODULE = _Kind(lambda thing: dict(thing.__dict__), identical, _put_attributes)
 _CACHE = _Kind(lambda thing: thing.cache_info().currsize, operator.eq, _clear_cache)
 _OBJECT_ARRAY = _Kind(lambda thing: list(thing.flat), _identical, _put_objects)
 _SLOTS = _Kind(_look_slots, identical, _put_slots)

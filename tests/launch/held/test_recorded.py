@@ -355,3 +355,16 @@ def test_runs_that_it_refuses_cost_a_template_nothing(hold):
 def leaves(init):
     """Of how many cgroups init waits for the end."""
     return sum(os.readlink(f).endswith("/cgroup.events") for f in Path(f"/proc/{init}/fd").iterdir())
+
+
+def test_what_is_watched_is_called_as_it_is_elsewhere(hold):
+    """By names of its arguments, and with what can be gone through once."""
+    source = """
+import os, select
+with open(os.devnull) as f:
+    print(os.fstat(fd=f.fileno()).st_size, os.stat(path="/").st_nlink > 0)
+    print(select.select((file for file in [f]), [], [], 0)[0] == [f])
+"""
+    pocket = hold(f"{source}{HERE}print(1)\n", "here =")
+    pocket.warm()
+    pocket.same()
