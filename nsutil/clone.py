@@ -4,12 +4,13 @@ The C half is livefork.c, a plain shared library beside this file, loaded with P
 is held throughout: no other Python thread moves between parking and clone.
 
 Python in a child that is not revived yet. Threads that wait for the GIL exist there only in memory, and two things
-would wait for one of them for ever:
+would wait for one of them for ever, so both are seen to in the child, in C, before a line of Python runs:
 - A waiter that has asked for the GIL (gil_drop_request, CPython's ceval_gil.c): the next release waits until another
-  thread has taken it. The request is cleared in the child, in C, before a line of Python runs.
+  thread has taken it. The request is cleared.
 - glibc before 2.41: pthread_cond_signal on the GIL's condition, when it begins a new group of waiters, waits until the
-  old group has left. So with more than one Python thread state the GIL is held for one switch interval before parking:
-  each waiter's timed wait then has ended and begun anew, and all are in one group.
+  old group has left. The GIL's conditions and mutexes are set aside, with what its waiters have left in them, and fresh
+  ones stand in their place until the threads come back. No wake-up is lost: who waits for the GIL looks again after a
+  switch interval, and who waits for another to have taken it has been signalled by the forking thread, which holds it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import errno
 import os
 import resource
 import signal
+import struct
 import sys
 import threading
 import time
@@ -89,6 +91,7 @@ class _Request(ctypes.Structure):
         ("set_tid", ctypes.c_void_p),
         ("set_tid_size", ctypes.c_uint64),
         ("lock_request", ctypes.c_void_p),
+        ("lock", ctypes.c_void_p),
         ("cgroup", ctypes.c_int32),
         ("pid_namespace", ctypes.c_int32),
         ("own_pid_namespace", ctypes.c_int32),
@@ -123,16 +126,8 @@ def _load() -> Any:
 
 _library = _load()
 _python: Any = ctypes.pythonapi
-for _name in ("PyThreadState_Get", "PyThreadState_Next", "PyInterpreterState_Get", "PyInterpreterState_ThreadHead"):
+for _name in ("PyThreadState_Get", "PyInterpreterState_Get"):
     getattr(_python, _name).restype = ctypes.c_void_p
-
-
-def _thread_states() -> int:
-    """How many threads Python knows, those of C++ that have called in included."""
-    state, count = _python.PyInterpreterState_ThreadHead(ctypes.c_void_p(_python.PyInterpreterState_Get())), 0
-    while state:
-        state, count = _python.PyThreadState_Next(ctypes.c_void_p(state)), count + 1
-    return count
 
 
 # Where a request for the GIL stands. Up to 3.12: gil_drop_request, in the interpreter's state, beside recursion_limit
@@ -153,14 +148,43 @@ def _lock_request() -> int:
         known = ctypes.c_int32.from_address(interpreter + recursion_limit).value == sys.getrecursionlimit()
         if known and ctypes.c_uint32.from_address(interpreter + request).value in (0, 1):
             return interpreter + request
-    raise CloneError(errno.ENOSYS, f"live fork: the interpreter's state is not as in CPython 3.9-3.14: {sys.version}")
+    raise _unknown_python("a request for the GIL")
 
 
-def _mind_the_lock(request: _Request) -> None:
-    """What the child needs to clear a request for the GIL, and the wait before parking (above)."""
-    request.lock_request = _lock_request()
-    if _thread_states() > 1:
-        request.hold_ns = int(sys.getswitchinterval() * 1e9) + 1_000_000
+class _Symbol(ctypes.Structure):  # Elf64_Sym, elf(5)
+    _fields_ = [
+        ("name", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("value", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+    ]
+
+
+# struct _gil_runtime_state (internal/pycore_gil.h, 3.9-3.14): interval in microseconds, last_holder, locked, then
+# switch_number and, at this offset, what livefork.h calls livefork_lock.
+_LOCK = 32
+_gil = 0  # where it was found: in _PyRuntime, from 3.12 in the main interpreter, which is a part of that
+
+
+def _lock() -> int:
+    """The address of the GIL's conditions and mutexes. Raises CloneError for an unknown Python."""
+    global _gil
+    held = struct.pack("@LPi", round(sys.getswitchinterval() * 1e6), _python.PyThreadState_Get(), 1)  # by this thread
+    if not _gil or ctypes.string_at(_gil, len(held)) != held:
+        runtime = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(_python, "_PyRuntime")))
+        symbol, found = ctypes.POINTER(_Symbol)(), (ctypes.c_void_p * 4)()
+        known = ctypes.CDLL(None).dladdr1(runtime, found, ctypes.byref(symbol), 1)  # RTLD_DL_SYMENT: how large it is
+        content = ctypes.string_at(runtime, symbol.contents.size if known else 0)
+        at = content.find(held)
+        if at < 0 or at % 8 or content.count(held) != 1:
+            raise _unknown_python("the GIL")
+        assert runtime.value
+        _gil = runtime.value + at
+    return _gil + _LOCK
+
+
+def _unknown_python(what: str) -> CloneError:
+    return CloneError(errno.ENOSYS, f"live fork: {what} does not stand where CPython 3.9-3.14 has it: {sys.version}")
 
 
 def _request(
@@ -216,7 +240,7 @@ def live_fork(
     try:
         while True:
             tries += 1
-            _mind_the_lock(request)
+            request.lock_request, request.lock = _lock_request(), _lock()
             # The last try is never a short one, which would name a thread that is only slow.
             request.timeout_ns = int(max(_TRY / 2, min(end - time.monotonic(), _TRY)) * 1e9)
             pid = _library.livefork_fork(ctypes.byref(request), ctypes.byref(failure))
@@ -227,7 +251,9 @@ def live_fork(
             again = (failure.stage, failure.error) in ((b"park", errno.ETIMEDOUT), (b"quiet", errno.EAGAIN))
             if not again or time.monotonic() > end - _TRY / 2:
                 raise _explain(failure, "live fork", timeout, tries)
-            time.sleep(0.001)  # let the others get on; there is nothing to poll
+            # There is nothing to poll. A busy thread may need the GIL to get on, or that it finds the GIL taken.
+            time.sleep(0.001)
+            request.hold_ns = 0 if tries % 2 == 0 else min(2 ** (tries // 2), 64) * 1_000_000
     finally:  # in the child too
         if request.own_pid_namespace >= 0:
             os.close(request.own_pid_namespace)

@@ -100,7 +100,8 @@ static inline void *thread_pointer(void) {
 
 /* Is the interrupted thread asleep in a system call? Either it returned EINTR, or it is to be made again: then the
  * program counter is on the instruction. On it may also be a thread about to enter: as good as asleep, unless the call
- * is one that an allocator makes under its lock (those are never interrupted, so this is no sleeper). */
+ * is one that an allocator makes under its lock (those are never interrupted, so this is no sleeper). So is a thread whose
+ * wait has just timed out, which no allocator's does: those who wait for Python's lock are woken so all the time. */
 static int asleep(const ucontext_t *context) {
     const greg_t *r = context->uc_mcontext.gregs;
     const unsigned char *pc = (const unsigned char *)r[REG_RIP];
@@ -108,7 +109,7 @@ static int asleep(const ucontext_t *context) {
             case SYS_mmap: case SYS_munmap: case SYS_mremap: case SYS_mprotect: case SYS_madvise: case SYS_brk: return 0;
             default: return 1;
         }
-    return pc[-2] == 0x0f && pc[-1] == 0x05 && r[REG_RAX] == -EINTR;
+    return pc[-2] == 0x0f && pc[-1] == 0x05 && (r[REG_RAX] == -EINTR || r[REG_RAX] == -ETIMEDOUT);
 }
 
 /* struct rt_sigframe is {return address, ucontext, siginfo}; the kernel looks for it at sp - 8. */
@@ -173,7 +174,7 @@ static int asleep(const ucontext_t *context) { /* see above */
             case SYS_mmap: case SYS_munmap: case SYS_mremap: case SYS_mprotect: case SYS_madvise: case SYS_brk: return 0;
             default: return 1;
         }
-    return pc[-1] == 0xd4000001 && (long)r->regs[0] == -EINTR;
+    return pc[-1] == 0xd4000001 && ((long)r->regs[0] == -EINTR || (long)r->regs[0] == -ETIMEDOUT);
 }
 
 /* struct rt_sigframe is {siginfo, ucontext}; the kernel looks for it at sp. */
@@ -303,6 +304,7 @@ static uint32_t back;              /* and those that are */
 static int park_signal;
 static uint64_t caller_mask;
 static struct parked caller;       /* the forking thread's own part of this */
+static struct livefork_lock *lock, waited_for; /* in a child: the interpreter's, and what its waiters had left in it */
 
 static void note_thread(struct parked *p) {
     p->tls = thread_pointer();
@@ -546,6 +548,7 @@ static int bring_back(int64_t deadline, struct livefork_failure *f) {
         }
         wait_on(&come_back, n, left);
     }
+    if (lock) *lock = waited_for, lock = NULL;
     atomic_store(&gate, 1);
     wake_all(&gate);
     held = 0;
@@ -595,6 +598,16 @@ static long clone_now(struct livefork_request *q, struct livefork_failure *f) {
     return pid < 0 ? fail(f, "clone3", pid) : pid;
 }
 
+/* Until threads come back nobody waits here, so nothing can be lost. Their waits go on in what is put back then. */
+static void set_lock_aside(struct livefork_lock *of_python) {
+    static const struct livefork_lock fresh = {PTHREAD_COND_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER,
+                                               PTHREAD_MUTEX_INITIALIZER};
+    lock = of_python;
+    if (!lock) return;
+    waited_for = *lock;
+    *lock = fresh;
+}
+
 long livefork_fork(struct livefork_request *q, struct livefork_failure *f) {
     static const uint64_t every_signal = ~0ULL;
     int64_t deadline = now() + q->timeout_ns;
@@ -621,6 +634,7 @@ long livefork_fork(struct livefork_request *q, struct livefork_failure *f) {
     back = 0;
     raw(SYS_set_robust_list, (long)caller.robust, (long)caller.robust_size, 0, 0, 0, 0); /* a fork drops it */
     if (q->lock_request) atomic_fetch_and((_Atomic uint32_t *)q->lock_request, ~1U);
+    if (!q->revive_at_once && held) set_lock_aside(q->lock);
     if (q->revive_at_once && bring_back(now() + q->timeout_ns, f) < 0) {
         /* One of the threads left at the gate may hold malloc's lock: no more can be said than this. */
         char text[160];

@@ -1,5 +1,6 @@
 /* What clone.py and the C tests see of livefork.c. clone.py repeats these structures for ctypes. */
 #pragma once
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -14,14 +15,23 @@ struct livefork_failure {
     uint32_t done, wanted; /* threads made before a revive failed, and how many there were to be */
 };
 
+/* What CPython's interpreter lock (GIL) is made of: internal/pycore_gil.h. Nobody holds a mutex while it sleeps. */
+struct livefork_lock {
+    pthread_cond_t condition;
+    pthread_mutex_t mutex;
+    pthread_cond_t switched;
+    pthread_mutex_t switch_mutex;
+};
+
 struct livefork_request {
     uint64_t flags;        /* CLONE_NEW*, CLONE_PARENT. PIDFD, INTO_CGROUP and the tid flags are added here. */
     int64_t timeout_ns;    /* for parking; and for reviving when at once */
-    int64_t hold_ns;       /* wait this long before parking (clone.py says why) */
+    int64_t hold_ns;       /* wait this long before parking */
     int64_t parked_ns;     /* out: how long until every thread was parked */
     const pid_t *set_tid;  /* innermost pid namespace first, as clone3 wants them */
     uint64_t set_tid_size;
-    uint32_t *lock_request; /* in the child, before returning: clear bit 0 of this (clone.py says why); or NULL */
+    uint32_t *lock_request;     /* in the child, before returning: clear bit 0 of this (clone.py says why); or NULL */
+    struct livefork_lock *lock; /* ... and put fresh ones here, until the threads come back; or NULL */
     int32_t cgroup;            /* a directory of cgroup2, or -1 */
     int32_t pid_namespace;     /* a descriptor for setns, or -1 */
     int32_t own_pid_namespace; /* ... and the way back */
