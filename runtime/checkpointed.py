@@ -168,7 +168,8 @@ class Checkpointed(Held):
                 rehearsal.Until(until).begin()
 
             # A run of the same sample is the same where something kept its arguments: a cache, a class's attribute.
-            # What a run does without any is tried where it may write nothing, since nobody has said that it may.
+            # So one without any shows what those of the sample do not, as of libraries' objects. It is tried where it
+            # may write nothing, since nobody has said that it may.
             proofs = []
             for words in (sample, []) if sample and not tops else (sample,):
                 proof = self.before(places, functools.partial(become, words), bare=words is not sample)
@@ -228,7 +229,7 @@ class Checkpointed(Held):
         self, places: rehearsal.Places, run: Callable[[int, int], None], bare: bool
     ) -> Optional[rehearsal.Proof]:
         """Run the sample in children, as often as was ordered, before it is rehearsed; None in those. Bare, without
-        arguments, None too where that does not end with an error soon: it does something else then, and at length."""
+        arguments, None too where that does not end soon, or not twice the same."""
         outcomes: List[rehearsal.Outcome] = []
         for _ in range(self.orders["hold"]["trials"]):
             try:
@@ -240,7 +241,7 @@ class Checkpointed(Held):
             if outcome is None:
                 return None
             self.uncover()
-            if bare and not outcome.status:
+            if bare and outcomes and rehearsal.Proof(outcomes[:1]).difference(outcome):
                 return None
             if outcome.status and not bare:
                 said = (outcome.out + outcome.err)[-2000:].decode(errors="replace")

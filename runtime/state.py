@@ -1,8 +1,8 @@
 """What a program has made by its checkpoint: what a rehearsal changes in it is put back, or else named.
 
-Seen is what can be reached from the program's own names through containers, objects of its own classes (where those
-derive from no library's), functions and classes; arrays, and TensorFlow's variables wherever they are. Objects of
-libraries are left as the rehearsal has warmed them.
+Seen is what can be reached from the program's own names through containers, objects of its own classes, functions and
+classes; arrays, and TensorFlow's variables wherever they are. Objects of libraries are left as the rehearsal has warmed
+them, and so is what a library keeps in those of classes that derive from its own (derived.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import weakref
 import zlib
 from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+from runtime import derived
 
 MOST = 200_000  # objects, and items of one of them that are kept to be put back; of others a checksum
 _COPIED = 64 << 20  # bytes of arrays, and of variables, that are kept to be put back; of others a checksum
@@ -43,6 +45,7 @@ class State:
         self._pieces: List[Tuple[str, Any, _Kind, Any]] = []
         self._seen: Set[int] = set()
         self._copied = 0
+        self._kinds: Dict[type, _Kind] = {}
         self.lazy: List[str] = []  # by what names a library's objects were loaded at their first use
         self._variables = _Variables()
         self.whole = True  # all of it has been looked at
@@ -113,6 +116,10 @@ class State:
             slots = _slots(type(thing))
             if slots:
                 yield from self._keep(label, thing, _SLOTS).values()
+        elif self._is_derived(type(thing)) and hasattr(thing, "__dict__"):
+            yield from self._keep(label, thing, self._derived(type(thing))).values()
+        elif _is_wrapper(type(thing)):
+            yield from self._keep(label, thing, _WRAPPERS[type(thing).__name__])
         elif _place(thing) is not None:
             self._keep(label, thing, _ITERATOR)
 
@@ -140,6 +147,20 @@ class State:
             return False  # see _holders
         return self._own(kind.__module__) and all(is_standard(base.__module__) for base in bases)
 
+    def _is_derived(self, kind: type) -> bool:
+        """Whether it is the program's, and a library's too."""
+        return self._own(kind.__module__) and not all(self._own(m) or is_standard(m) for m in _modules(kind))
+
+    def _derived(self, kind: type) -> _Kind:
+        if kind not in self._kinds:
+            names = derived.stored(kind, self._own)
+            self._kinds[kind] = _Kind(
+                lambda thing: derived.attributes(thing, names),
+                identical,
+                lambda thing, held: derived.restore(thing, names, held, lambda value: _is_warm(value, self._own)),
+            )
+        return self._kinds[kind]
+
     def _is_made(self, module: Any) -> bool:
         """Whether it was made by hand, and nobody imported it."""
         spec = getattr(module, "__spec__", None)
@@ -157,7 +178,7 @@ class State:
                     raise TypeError
                 if kind is _CACHE and any(_is_warm(value, self._own) for value in _cached(thing)):
                     self.lazy.append(thing.__name__)
-                elif type(held) is dict and loaded(held, now, self._own):
+                elif type(held) is dict and kind not in self._kinds.values() and loaded(held, now, self._own):
                     self.lazy.append(label)
                 kind.put(thing, held)
             except Exception:
@@ -182,6 +203,15 @@ def _is_warm(value: Any, own: Callable[[str], bool], deep: int = _DEEP) -> bool:
     if own(kind.__module__):
         return any(_is_warm(item, own, deep - 1) for item in list(getattr(value, "__dict__", {}).values()))
     return not is_standard(kind.__module__) and not isinstance(value, (type, types.ModuleType))
+
+
+def _modules(kind: type) -> Iterator[str]:
+    return (base.__module__ for base in kind.__mro__)
+
+
+def _is_wrapper(kind: type) -> bool:
+    """Whether Keras or TensorFlow puts it in the place of a list or dict that is made an attribute."""
+    return kind.__name__ in _WRAPPERS and kind.__module__ in _TRACKING
 
 
 def is_standard(module: str) -> bool:
@@ -384,6 +414,15 @@ _CONTAINERS: Dict[type, _Kind] = {
     array.array: _Kind(lambda thing: thing[:], operator.eq, lambda thing, held: thing.__setitem__(slice(None), held)),
     bytearray: _Kind(bytes, operator.eq, lambda thing, held: bytearray.__setitem__(thing, slice(None), held)),
 }
+# Those of TensorFlow keep what they hold elsewhere: they are named. A wrapped dict is one by its methods only.
+_WRAPPERS = {
+    "TrackedList": _CONTAINERS[list],
+    "TrackedDict": _PAIRS,
+    "TrackedSet": _CONTAINERS[set],
+    "ListWrapper": _Kind(list, _identical),
+    "_DictWrapper": _Kind(lambda thing: [*thing.keys(), *thing.values()], _identical),
+}
+_TRACKING = ("keras.src.utils.tracking", "tensorflow.python.trackable.data_structures")
 _MADE: Tuple[Any, ...] = ([], (), {}, set(), b"", range(0), collections.deque())
 _ITERATORS = {type(iter(made)) for made in _MADE}
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)

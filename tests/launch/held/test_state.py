@@ -262,6 +262,76 @@ def test_tensorflows_state_is_put_back(hold, sample, words):
     assert [pocket.from_held(words, sample, words).out for _ in range(2)] == [expected] * 2
 
 
+DERIVED = """
+import sys, numpy as np, keras, tensorflow as tf
+
+class Scaled(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.layers.Dense(2, kernel_initializer="ones")
+        self.factor, self.calls, self._last, self.seen = 1, 0, None, {{}}
+    def build(self, shape):
+        self.width = shape[-1]
+        super().build(shape)
+    def call(self, x):
+        return self.inner(x) * self.factor
+    def say(self, x):
+        self.calls += 1
+        self._last = float(np.sum(self(x)))
+        self.seen["x"] = self.seen.get("x", 0) + 1
+        return self._last
+
+class Module(tf.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.n, self.words = tf.Variable(2.0), 0, []
+    @tf.function
+    def double(self, x):
+        return x * self.v
+    def say(self, x):
+        self.n += 1
+        return float(self.double(tf.constant(x)))
+
+layer, module, rows = Scaled(), Module(), np.ones((1, 3), "float32")
+{built}
+def main():
+    for word in sys.argv[1:]:
+        if word == "layer": print(layer.say(rows))
+        if word == "module": print(module.say(2.0))
+        if word == "words": module.words.append(word)
+        if word == "factor": layer.factor = 2; layer.late = 1
+    if not sys.argv[1:]:
+        print("nothing to do")
+    if sys.argv[1:] == ["calls"]:
+        print(layer.calls, layer._last, layer.seen, module.n, module.words, layer.factor, hasattr(layer, "late"))
+main()
+"""
+
+
+@pytest.mark.parametrize("sample", ["layer", "module", "factor"])
+def test_what_a_program_keeps_in_objects_of_a_librarys_kind_is_put_back(hold, sample):
+    """A layer that was built by then; one that was not keeps what its build() has made."""
+    pocket = hold(DERIVED.format(built="layer(rows)"), "main()", rehearse=[sample], service="tensorflow")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts
+    assert pocket.from_held("calls").out == pocket.plain("calls").out
+    assert pocket.from_held("layer", "module", "layer").out == pocket.plain("layer", "module", "layer").out
+
+
+def test_what_such_objects_are_built_with_stays(hold):
+    pocket = hold(DERIVED.format(built=""), "main()", rehearse=["layer"], service="tensorflow")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts
+    assert pocket.from_held("layer", "module", "layer").out == pocket.plain("layer", "module", "layer").out
+
+
+def test_a_list_that_tensorflow_has_wrapped_is_named(hold):
+    pocket = hold(DERIVED.format(built=""), "main()", rehearse=["words"], service="tensorflow")
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "module, or what it holds, of type ListWrapper" in facts["not_rehearsed"]
+    assert pocket.from_held("calls").out == pocket.plain("calls").out
+
+
 def test_a_sample_that_trains_is_not_rehearsed(hold):
     """An optimizer that it makes new variables of is not as it was, whatever they are set to."""
     pocket = hold(KERAS.format(optimizer="adam"), "main()", rehearse=["train"], service="tensorflow")
