@@ -153,20 +153,28 @@ def test_a_client_that_takes_too_much_leaves_its_template_and_the_other_clients(
 
 
 def test_many_small_processes_of_a_run_are_ended_before_its_template():
-    """The kernel ends the largest of a cgroup: none of them is larger than the template."""
+    """The kernel ends the largest of a cgroup: none of them is larger than the template. That may give way afterwards:
+    it has no runs then, and its pocket stalls for memory at its own limit."""
     pocket("warm", "called")
-    held = template("called")
+    held, before = template("called"), len(journal())
     with login("called", timeout=TIMEOUT) as session:
         try:
             session.call("app:crowd", 40, 8 << 20)
         except errors.WorkerDied:
             pass
         assert kills("called") > 0
-        assert template("called") == held and Path(f"/proc/{held}").exists()
+        assert lives(held) or re.search(r'pocket-given-up .*\bpocket=called why="?it stalls', journal()[before:])
         with login("called", timeout=TIMEOUT) as next:
             assert next.call("app:check") is True
     pocket("cool", "called")
     assert settled("called")
+
+
+def lives(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # none of a process that has ended and is not reaped
+    except OSError:
+        return False
 
 
 def kills(name: str) -> int:
