@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import stat
 
@@ -115,15 +116,26 @@ def collapse() -> None:
 
 
 # asm-generic/mman-common.h, linux/mman.h
-_PROT_READ_WRITE, _MAP_SHARED, _MAP_ANONYMOUS, _MREMAP_MAYMOVE, _MREMAP_FIXED = 0x3, 0x1, 0x20, 1, 2
+_PROT_READ_WRITE, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MREMAP_MAYMOVE, _MREMAP_FIXED = 0x3, 0x1, 0x2, 0x20, 1, 2
 _FAILED = ctypes.c_void_p(-1).value
 
 
 def share(start: int, end: int, protection: int) -> None:
     """Make a range of this process's memory a MAP_SHARED mapping of its own, with the same content, that children made
     by fork(2) share with it. No other thread may use it meanwhile. Raises OSError."""
+    _replace(start, end, protection, _MAP_SHARED)
+
+
+def own(start: int, end: int) -> None:
+    """Make the pages of a range of a shared mapping this process's own, with what they hold now. What lies there stays
+    where it is; whoever else has them mapped shares them no more. Raises OSError."""
+    page = mmap.PAGESIZE
+    _replace(start // page * page, -(-end // page) * page, _PROT_READ_WRITE, _MAP_PRIVATE)
+
+
+def _replace(start: int, end: int, protection: int, kind: int) -> None:
     size = end - start
-    new = libc.mmap(None, size, _PROT_READ_WRITE, _MAP_SHARED | _MAP_ANONYMOUS, -1, 0)
+    new = libc.mmap(None, size, _PROT_READ_WRITE, kind | _MAP_ANONYMOUS, -1, 0)
     if new == _FAILED:
         raise error("mmap", f"{size} bytes")
     ctypes.memmove(new, start, size)

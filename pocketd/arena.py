@@ -29,27 +29,44 @@ RESTING, RANGE, REST = 32 << 20, 1 << 20, 1.0  # bytes, bytes, seconds
 class Arena:
     """One mapped arena. The mapping lives as long as anything that views it; it is never unmapped by hand."""
 
-    __slots__ = ("address", "id", "map", "size")
+    __slots__ = ("address", "fd", "id", "map", "size")
 
-    def __init__(self, id: int, fd: int, size: int):
-        """Map `fd`, whose seals and size have been checked. The descriptor stays the caller's."""
+    def __init__(self, id: int, fd: int, size: int, renewable: bool = False):
+        """Map `fd`, whose seals and size have been checked. The descriptor stays the caller's; `renewable`: with one of
+        its own, it can be mapped once more."""
+        self.fd = -1
         self.id = id
         self.size = size
         self.map = mmap.mmap(fd, size)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        if renewable:
+            self.fd = os.dup(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)
+
+    def own(self, first: int, end: int) -> None:
+        """Make the pages with these bytes this process's own where they are mapped: what views them keeps what it sees
+        now, whatever is written to the arena. Raises OSError."""
+        memory.own(self.address + first, self.address + end)
+
+    def again(self) -> Arena:
+        """The same arena in another place, none of whose pages is this process's own. Raises OSError."""
+        return Arena(self.id, self.fd, self.size, True)
 
     @classmethod
-    def create(cls, id: int, size: int) -> Tuple[Arena, int]:
+    def create(cls, id: int, size: int, renewable: bool = False) -> Tuple[Arena, int]:
         """A new arena and its descriptor, which the caller owns (send it, then close it)."""
         fd = memory.create(size, "arena")
         try:
-            return cls(id, fd, size), fd
+            return cls(id, fd, size, renewable), fd
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def receive(cls, id: int, fd: int) -> Arena:
+    def receive(cls, id: int, fd: int, renewable: bool = False) -> Arena:
         """Map an arena that the peer sent, once the kernel has said that it cannot shrink under us.
 
         The descriptor stays the caller's. Raises BadTensor for one that is no sealed memfd of a sane size.
@@ -58,7 +75,7 @@ class Arena:
             size = memory.check_sealed(fd, memory.ARENA_SEALS, MAX_ARENA)
             if not size:
                 raise BadTensor("an arena of no bytes")
-            return cls(id, fd, size)
+            return cls(id, fd, size, renewable)
         except memory.SealError as e:
             raise BadTensor(f"the arena is refused: {e}") from None
         except OSError as e:
@@ -66,10 +83,11 @@ class Arena:
 
 
 class Arenas:
-    """The peer's arenas, by number. `parity` is the remainder of its numbers by two."""
+    """The peer's arenas, by number. `parity` is the remainder of its numbers by two; `renewable`: see `renew`."""
 
-    def __init__(self, parity: int):
+    def __init__(self, parity: int, renewable: bool = False):
         self._parity = parity
+        self._renewable = renewable
         self._arenas: Dict[int, Arena] = {}
         self._refused: Dict[int, BadTensor] = {}
 
@@ -81,7 +99,7 @@ class Arenas:
         if len(self._arenas) + len(self._refused) >= MAX_ARENAS:
             raise BadTensor(f"more than {MAX_ARENAS} arenas at once")
         try:
-            self._arenas[id] = Arena.receive(id, fd)
+            self._arenas[id] = Arena.receive(id, fd, self._renewable)
             self._refused.pop(id, None)
         except BadTensor as e:
             self._refused[id] = e
@@ -97,6 +115,11 @@ class Arenas:
         if arena is None:
             raise self._refused.get(handle.arena) or BadTensor("the tensor's arena is not one of this session")
         return arena, check(handle, arena.size)
+
+    def renew(self, arena: Arena) -> None:
+        """From now on views are of another mapping than this one. Raises OSError."""
+        if self._arenas.get(arena.id) is arena:
+            self._arenas[arena.id] = arena.again()
 
     def close(self) -> None:
         """Forget all. Mappings go with their last view."""
@@ -114,8 +137,9 @@ class Heap:
     (`relax`). A wholly free arena is given up when another of at least its size remains.
     """
 
-    def __init__(self, first: int):
+    def __init__(self, first: int, renewable: bool = False):
         self._next = first
+        self._renewable = renewable
         self.arenas: Dict[int, Arena] = {}
         self.fresh: List[Tuple[int, int]] = []
         """(number, descriptor) of arenas not yet announced; whoever takes one closes its descriptor."""
@@ -168,6 +192,11 @@ class Heap:
                 if length >= RANGE:
                     self.arenas[id].map.madvise(mmap.MADV_REMOVE, first, length)
 
+    def renew(self, arena: Arena) -> None:
+        """From now on views are of another mapping than this one. Raises OSError."""
+        if self.arenas.get(arena.id) is arena:
+            self.arenas[arena.id] = arena.again()
+
     def close(self) -> None:
         """Let go of everything; nothing is allocated any more. Mappings go with their last view."""
         for _, fd in self.fresh:
@@ -195,7 +224,7 @@ class Heap:
             raise BadTensor(f"a tensor of {size} bytes; at most {MAX_ARENA} are possible")
         id, self._next = self._next, self._next + 2
         try:
-            self.arenas[id], fd = Arena.create(id, whole)
+            self.arenas[id], fd = Arena.create(id, whole, self._renewable)
         except OSError as e:
             raise BadTensor(f"no shared memory for a tensor of {size} bytes: {e.strerror}") from None
         self.fresh.append((id, fd))

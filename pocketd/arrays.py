@@ -34,7 +34,16 @@ def is_masked(array: Any) -> bool:
 def scalar(value: Any) -> Any:
     """A numpy scalar as a Python number; anything else as it is."""
     np = sys.modules.get("numpy")
-    return value.item() if np and isinstance(value, np.generic) and value.dtype.kind in "biufcSU" else value
+    return value.item() if np and isinstance(value, np.generic) and value.dtype.kind in "biufSU" else value
+
+
+def words(value: Any) -> Any:
+    """An array of str or bytes as nested lists of them, which is how words travel; anything else as it is."""
+    if not is_array(value) or value.dtype.kind not in "SUO":
+        return value
+    if value.dtype.kind == "O" and not all(type(item) in (str, bytes) for item in value.flat):
+        return value
+    return value.tolist()
 
 
 def store(heap: Heap, value: Any) -> Optional[Handle]:
@@ -43,13 +52,19 @@ def store(heap: Heap, value: Any) -> Optional[Handle]:
     The range is the caller's to free. Raises BadTensor for a dtype that does not travel.
     """
     np = sys.modules.get("numpy")
+    if np is not None and isinstance(value, np.generic):
+        value = np.asarray(value)  # as a buffer it would be one of bytes
     if np is not None and isinstance(value, np.ndarray):
         dtype = value.dtype
         if is_masked(value):
             raise BadTensor("a masked array cannot travel, for its mask would not; pass its filled(), or data and mask")
         name = _OF_NUMPY.get(dtype) or _name(dtype)
         arena, offset = heap.allocate(value.nbytes)
-        view(np, arena, offset, name, value.shape)[...] = value
+        try:
+            view(np, arena, offset, name, value.shape)[...] = value
+        except BaseException:  # a ^C, for one
+            heap.free(arena.id, offset)
+            raise
         return Handle(arena.id, offset, name, value.shape)
     try:
         buffer = memoryview(value)
@@ -59,9 +74,13 @@ def store(heap: Heap, value: Any) -> Optional[Handle]:
     if not name or DTYPES[name][0] != buffer.itemsize:
         raise BadTensor(f"a buffer of format {buffer.format!r} cannot travel as a tensor")
     arena, offset = heap.allocate(buffer.nbytes)
-    if buffer.nbytes:
-        flat = buffer.cast("B") if buffer.c_contiguous else buffer.tobytes()
-        memoryview(arena.map)[offset : offset + buffer.nbytes] = flat
+    try:
+        if buffer.nbytes:
+            flat = buffer.cast("B") if buffer.c_contiguous else buffer.tobytes()
+            memoryview(arena.map)[offset : offset + buffer.nbytes] = flat
+    except BaseException:
+        heap.free(arena.id, offset)
+        raise
     return Handle(arena.id, offset, name, tuple(buffer.shape or ()))
 
 

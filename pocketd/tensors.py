@@ -114,7 +114,7 @@ def check(handle: Handle, size: int) -> int:
     if handle.strides is None:
         first, end = offset, offset + total
     else:
-        first, end = _extent(handle)
+        first, end = extent(handle)
     if first < 0 or end > size or offset > size:
         raise BadTensor(
             f"a tensor {handle.dtype} {list(handle.shape)} at offset {offset} does not lie within its arena "
@@ -123,7 +123,7 @@ def check(handle: Handle, size: int) -> int:
     return total
 
 
-def _extent(handle: Handle) -> Tuple[int, int]:
+def extent(handle: Handle) -> Tuple[int, int]:
     """First byte and the byte after the last of a tensor with strides."""
     item = itemsize(handle.dtype)
     first = last = handle.offset

@@ -23,11 +23,15 @@ _KNOWN = (tuple, str, bytes, bytearray, *_PLAIN)
 _SPOKEN = tuple(range(wire.OLDEST, wire.VERSION + 1))
 
 
+def of_handle(handle: bytes) -> msgpack.ExtType:
+    return msgpack.ExtType(TENSOR, handle)
+
+
 class Format:
     """Packs and unpacks the messages of one session. Not for two threads at once.
 
-    `export(value)` gives the handle of a tensor as bytes, or a plain value instead of one, or raises TypeError for what
-    cannot travel. `resolve(handle)` makes a tensor of a handle's bytes, or raises wire.Error.
+    `export(value)` gives `of_handle` of a tensor, or a plain value instead of one, or raises TypeError for what cannot
+    travel. `resolve(handle)` makes a tensor of a handle's bytes, or raises wire.Error.
     """
 
     def __init__(self, export: Callable[[Any], Any], resolve: Callable[[bytes], Any]):
@@ -69,8 +73,7 @@ class Format:
     def _default(self, value: Any) -> Any:
         if isinstance(value, _KNOWN):
             return self._plain(value)
-        handle = self._export(value)
-        return msgpack.ExtType(TENSOR, handle) if type(handle) is bytes else handle
+        return self._export(value)
 
     def _plain(self, value: Any) -> Any:
         """A tuple, and subclasses of plain types: strict_types sends them here, so that a tuple is no list."""

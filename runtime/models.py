@@ -10,28 +10,49 @@ import importlib
 import os
 import select
 import signal
+import sys
+import traceback
 from contextlib import suppress
 from typing import Any, Dict
 
 from nsutil import clone
 from pocketd.wire import Error
-from runtime import workingset
+from runtime import variables, workingset
 from runtime.interface import CannotLoad, Model
 
 FIRST_CALLS = 60.0  # seconds that a first call of each model may take
 
 
 def load(runtime: Any, name: str, source: str, said: str = "") -> Model:
-    """Load and rehearse a deployed model; `said` is what its definition calls it.
+    """Load and rehearse a deployed model; `said` is what its definition calls it. One that fails with the zeros that it
+    is rehearsed with, or whose variables cannot be put back after them, is not warm, which the log says.
 
-    Raises Error("model") when there is none, and what its code raises.
+    Raises Error("model"), naming it, when there is none and for what its code raises.
     """
+    said = f"model {name} ({said or source})"
+    model = _load(runtime, said, source)
+    before = variables.Variables()
     try:
-        model = _load_path(runtime, source) if source.startswith("/") else _make(runtime, source)
-    except (CannotLoad, FileNotFoundError) as e:
-        raise Error("model", f"model {name} ({said or source}): {e}") from e
-    model.rehearse()
+        model.rehearse()
+        changed = before.restore()
+    except Exception as e:
+        changed = f"{type(e).__name__}: {str(e)[:500]}"
+    if changed:
+        print(
+            f"{said} is not warm: a call with zeros, before anybody's, fails or changes it: {changed}", file=sys.stderr
+        )
+        model = _load(runtime, said, source)
     return model
+
+
+def _load(runtime: Any, said: str, source: str) -> Model:
+    try:
+        return _load_path(runtime, source) if source.startswith("/") else _make(runtime, source)
+    except (CannotLoad, FileNotFoundError) as e:
+        raise Error("model", f"{said}: {e}") from e
+    except Exception as e:
+        traceback.print_exc()
+        raise Error("model", f"{said} cannot be loaded: {type(e).__name__}: {e}") from e
 
 
 def load_beneath(runtime: Any, directory: str, path: str) -> Model:

@@ -22,8 +22,8 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 from nsutil import memory, messages
 from nsutil.messages import Fds, MessageError
 from pocketd import arrays, tensors, wire
-from pocketd.arena import Arenas, Heap
-from pocketd.values import Format
+from pocketd.arena import Arena, Arenas, Heap
+from pocketd.values import Format, of_handle
 from pocketd.wire import Error
 from runtime import hints
 from runtime import models as loading
@@ -85,8 +85,9 @@ class Session:
         self._directory = directory
         self._models: List[Tuple[str, Any]] = list(models.items())
         self._functions: Dict[str, Callable[..., Any]] = {}
-        self._heap = Heap(WORKER_FIRST)
-        self._theirs = Arenas(CLIENT_PARITY)
+        self._heap = Heap(WORKER_FIRST, renewable=True)
+        self._theirs = Arenas(CLIENT_PARITY, renewable=True)
+        self._lent: List[Tuple[Arena, tensors.Handle, Any]] = []  # arrays of the present call
         self._format = Format(self._export, self._resolve)
         self._exported: List[tensors.Handle] = []
         self._cancel: Optional[int] = None
@@ -159,6 +160,8 @@ class Session:
             raise MessageError("a list of freed ranges that is none") from None
         reply = self._answer(id, message)
         del message  # tensors of the call are views of the client's memory: let go before the client may reuse it
+        if self._lent:
+            reply = self._part(id, reply)
         if self._heap.fresh:
             self._announce()
         messages.send(self._sock, reply)
@@ -182,23 +185,45 @@ class Session:
             self._current = id
             if id in self._cancelled:
                 raise Cancel
-            reply = {"v": wire.OLDEST, "id": id, "ok": True, "value": self._do(message)}
-            if self._heap.dropped:
-                reply["drop"] = self._heap.dropped
+            value = self._do(message)
+            self._current = 0  # what is cancelled from here on could not be given back
+            reply = {"v": wire.OLDEST, "id": id, "ok": True, "value": value}
+            dropped = len(self._heap.dropped)  # by the time that it is packed there may be more
+            if dropped:
+                reply["drop"] = self._heap.dropped[:dropped]
             packed = self._format.pack(reply)
-            self._current = 0
             if len(packed) > messages.MAX_BODY:
                 size = f"{len(packed)} bytes; at most {messages.MAX_BODY} travel"
                 raise Error("bad-value", f"the result takes {size}, more as an array")
-            if self._heap.dropped:
-                self._heap.dropped = []
+            if dropped:
+                del self._heap.dropped[:dropped]
             return packed
         except BaseException as e:
             self._current = 0
-            for handle in self._exported:  # a result that was packed in part only
-                self._heap.free(handle.arena, handle.offset)
-            error = e if isinstance(e, Error) else self._error(e)
-            return self._format.pack({"v": wire.OLDEST, "id": id, "error": error.wire()})
+            return self._failed(id, e if issubclass(type(e), Error) else self._error(e))  # type: ignore[arg-type]
+
+    def _failed(self, id: int, error: Error) -> bytes:
+        for handle in self._exported:  # a result that was packed in part only
+            self._heap.free(handle.arena, handle.offset)
+        self._exported = []
+        return self._format.pack({"v": wire.OLDEST, "id": id, "error": error.wire()})
+
+    def _part(self, id: int, reply: bytes) -> bytes:
+        """Give the call's arrays back. One that is still referred to, by a model's variable or in a list of a program,
+        keeps what it holds, as it would anywhere: its pages become this process's own, and later calls see the arena in
+        another place. The reply to send."""
+        try:
+            while self._lent:
+                arena, handle, array = self._lent.pop()
+                if sys.getrefcount(array) > 2:
+                    place = handle.offset, handle.offset + array.nbytes
+                    arena.own(*(tensors.extent(handle) if handle.strides else place))
+                    (self._theirs if arena.id % 2 == CLIENT_PARITY else self._heap).renew(arena)
+            return reply
+        except OSError as e:
+            self._lent = []
+            why = f"the arrays that were kept of its calls' arguments cannot be: {e.strerror}; keep copies of them"
+            return self._failed(id, Error("bad-tensor", why))
 
     def _do(self, message: wire.Message) -> Any:
         op = message.get("op")
@@ -246,44 +271,49 @@ class Session:
             arena, size = ours, tensors.check(handle, ours.size)
         np = tensors.numpy()
         if np is not None:
-            return arrays.view(np, arena, handle.offset, handle.dtype, handle.shape, handle.strides)
+            array = arrays.view(np, arena, handle.offset, handle.dtype, handle.shape, handle.strides)
+            if array.nbytes:
+                self._lent.append((arena, handle, array))
+            return array
         if handle.strides is not None:
             raise tensors.BadTensor("a tensor with strides needs numpy in the service")
         return tensors.buffer(memoryview(arena.map)[handle.offset : handle.offset + size], handle.dtype, handle.shape)
 
     def _export(self, value: Any) -> Any:
         """A result's array or tensor, copied once into our arena."""
-        handle = arrays.store(self._heap, value) if arrays.is_array(value) else None
-        if handle is None:
-            array = self._runtime.arrays(value)
-            if array is None:
-                array = arrays.scalar(value)
-                if isinstance(array, (int, float, str, bytes)):
-                    return array
-            handle = arrays.store(self._heap, array)
+        found = arrays.scalar(value)
+        if found is value and not arrays.is_array(value):
+            made = self._runtime.arrays(value)
+            found = value if made is None else made
+        found = arrays.words(found)
+        if isinstance(found, (int, float, str, bytes, list)):
+            return found
+        handle = arrays.store(self._heap, found)
         if handle is None:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"the result holds a {kind}, which is neither a plain value nor a tensor")
         self._exported.append(handle)
-        return tensors.encode(handle)
+        return of_handle(tensors.encode(handle))
 
     # Errors and cancellation
 
     def _error(self, e: BaseException) -> Error:
-        if isinstance(e, Cancel):
+        if type(e) is Cancel:
             return Error("cancelled", "the call was cancelled")
-        tb = e.__traceback__
+        # An exception is the app's object: what is asked of it may raise whatever there is, and hold what is no text.
+        tb = BaseException.__dict__["__traceback__"].__get__(e)
         while tb is not None and os.path.dirname(tb.tb_frame.f_code.co_filename) == _HERE:
             tb = tb.tb_next  # no frame of ours above the app's
-        try:
-            said = str(e)
-        except Exception:
-            said = "(its message cannot be shown)"
-        text = "".join(traceback.format_exception(type(e), e, tb))
-        missing = hints.hint(e, self._orders) if self._orders else None
+        said = _told(lambda: str(e), "(its message cannot be shown)")
+        text = _told(
+            lambda: "".join(traceback.format_exception(type(e), e, tb)),
+            f"{''.join(traceback.format_tb(tb))}(the exception cannot be shown)\n",
+        )
+        missing = _told(lambda: hints.hint(e, self._orders) or "" if self._orders else "", "")
         if missing:
             text += f"{missing}\n"
-        return Error("remote", said[:MAX_TRACEBACK], type=type(e).__name__, traceback=text[-MAX_TRACEBACK:])
+        name = _told(lambda: type.__dict__["__name__"].__get__(type(e)), "Exception")
+        return Error("remote", said[:MAX_TRACEBACK], type=name, traceback=text[-MAX_TRACEBACK:])
 
     def _listen(self, pipe: int) -> None:
         """Have the kernel interrupt this thread, by SIGIO, when the client writes the number of a cancelled call.
@@ -303,14 +333,22 @@ class Session:
                 data = os.read(self._cancel, 4096)
                 if not data:
                     break
-                self._cancelled.update(id for (id,) in CANCEL.iter_unpack(data[: len(data) // 8 * 8]))
+                self._cancelled.update([id for (id,) in CANCEL.iter_unpack(data[: len(data) // 8 * 8])])
         current = self._current
         if current in self._cancelled:
             self._current = 0
             raise Cancel
         if not current:
             return
-        self._cancelled = {id for id in self._cancelled if id > current}
+        # Another one may come between any two lines here: what it adds must stay.
+        self._cancelled.difference_update([id for id in tuple(self._cancelled) if id <= current])
+
+
+def _told(ask: Callable[[], str], otherwise: str) -> str:
+    try:
+        return str.__str__(ask()).encode("utf-8", "backslashreplace").decode()
+    except BaseException:
+        return otherwise
 
 
 def preload(name: str) -> None:

@@ -22,10 +22,10 @@ import zlib
 from contextlib import suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-from runtime import derived
+from runtime import derived, variables
 
 MOST = 200_000  # objects, and items of one of them that are kept to be put back; of others a checksum
-_COPIED = 64 << 20  # bytes of arrays, and of variables, that are kept to be put back; of others a checksum
+_COPIED = 64 << 20  # bytes of arrays that are kept to be put back; of others a checksum
 _DEEP = 3  # levels at which a library's object is looked for in what a cache holds
 
 Names = Dict[str, Any]
@@ -47,7 +47,7 @@ class State:
         self._copied = 0
         self._kinds: Dict[type, _Kind] = {}
         self.lazy: List[str] = []  # by what names a library's objects were loaded at their first use
-        self._variables = _Variables()
+        self._variables = variables.Variables()
         self.whole = True  # all of it has been looked at
         waiting = [(name, value) for _, names in roots for name, value in list(names.items())]
         while waiting and len(self._seen) < MOST:
@@ -444,57 +444,3 @@ def _holders() -> Set[type]:
 
 
 _HOLDERS = _holders()
-
-
-# -- TensorFlow's variables
-
-
-class _Variables:
-    """What all of them hold: Keras' weights, statistics and metrics among them."""
-
-    def __init__(self) -> None:
-        self._known: Dict[int, Tuple[Any, Any, int]] = {}  # a weak reference, a copy where it is kept, a checksum
-        copied = 0
-        for variable in _variables():
-            value = _value(variable)
-            copied += 0 if value is None else value.nbytes
-            kept = value.copy() if value is not None and copied <= _COPIED else None
-            self._known[id(variable)] = weakref.ref(variable), kept, _sum(value)
-
-    def restore(self) -> Optional[str]:
-        changed = made = 0
-        for variable in _variables() if self._known else ():
-            known = self._known.get(id(variable))
-            if known is None or known[0]() is not variable:
-                made += 1
-                continue
-            if _sum(_value(variable)) == known[2]:
-                continue
-            changed += 1
-            if known[1] is None:
-                return f"the variable {variable.name} of TensorFlow"
-            variable.assign(known[1])
-        if changed and made:
-            return f"{changed} variables of TensorFlow, and makes {made} new ones beside them, as an optimizer does"
-        return None
-
-
-def _variables() -> List[Any]:
-    module = sys.modules.get("tensorflow.python.ops.resource_variable_ops")
-    if module is None:
-        return []
-    gc.collect()
-    return [o for o in gc.get_objects() if isinstance(o, module.BaseResourceVariable)]
-
-
-def _sum(value: Any) -> int:
-    return -1 if value is None else _checksum(value)
-
-
-def _value(variable: Any) -> Any:
-    """As an array, without the copy that numpy() makes; None where it has none, or it does not lie in memory here."""
-    try:
-        value = sys.modules["numpy"].asarray(variable.read_value()._numpy())
-        return None if value.dtype.hasobject else value
-    except Exception:
-        return None

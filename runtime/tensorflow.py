@@ -61,19 +61,21 @@ def adopt_object(made: Any) -> Optional[Model]:
 
 
 def arrays(value: Any) -> Any:
-    """An eager tensor's memory as numpy array; a copy where it is not this host's. None for anything else."""
+    """An eager tensor's memory as numpy array; a copy where it is not this host's. Of a variable, of TensorFlow's or of
+    Keras', what it holds. None for anything else."""
+    import numpy as np
     import tensorflow as tf
 
-    if not isinstance(value, (tf.Tensor, tf.Variable)):
-        return None
+    if isinstance(value, tf.keras.Variable):
+        value = value.value
     if isinstance(value, tf.Variable):
         value = value.value()
+    if not isinstance(value, tf.Tensor):
+        return np.asarray(value) if hasattr(type(value), "__array__") and not isinstance(value, np.generic) else None
     try:
-        import numpy as np
-
         return np.asarray(memoryview(value))  # .numpy() would copy
     except (TypeError, ValueError, BufferError):
-        return value.numpy()
+        return np.asarray(value.numpy())  # of one number, and of words, no array
 
 
 def adopt(value: Any) -> Any:
@@ -89,6 +91,22 @@ def adopt(value: Any) -> Any:
     return value
 
 
+def _worded(value: Any, inputs: Optional[List[Dict[str, Any]]]) -> Any:
+    """Lists of words as tensors, for Keras takes no others. A list with one for each of several inputs stays."""
+    import tensorflow as tf
+
+    if inputs and all(takes["dtype"] != "string" for takes in inputs):
+        return value
+    if isinstance(value, dict):
+        return {k: _worded(v, None) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and len(value) == len(inputs or ()) > 1:
+        return [_worded(v, None) for v in value]
+    first = value
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return tf.constant(value) if isinstance(first, (str, bytes)) else value
+
+
 def _adopt(array: Any) -> Any:
     import tensorflow as tf
 
@@ -102,35 +120,68 @@ def _adopt(array: Any) -> Any:
 
 
 class KerasModel(Model):
-    """Called with tensors it runs as a graph in inference; with keyword arguments directly, as Keras itself would."""
+    """Called with tensors it runs as a graph in inference; with keyword arguments directly, as Keras itself would.
+
+    A graph is what its Python did when it was traced: it is traced again after a call of a method that is not Keras'
+    own, which may have changed what it goes by. One graph does for many shapes, and so sees less of them than Keras,
+    which looks at those that do not fit what the model takes itself.
+    """
 
     def __init__(self, model: Any):
+        super().__init__(model, keras_inputs(model))
+        self._relaxed: Optional[bool] = True  # one graph for many shapes; False: one for each; None: no graph
+        self._graph = self._traced()
+
+    def _traced(self) -> Callable[..., Any]:
         import tensorflow as tf
 
-        super().__init__(model, keras_inputs(model))
-        self._graph: Optional[Callable[..., Any]] = tf.function(self._run, reduce_retracing=True)
+        return self._run if self._relaxed is None else tf.function(self._run, reduce_retracing=self._relaxed)
 
     def _run(self, *args: Any) -> Any:
         return self.object(*args, training=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        import tensorflow as tf
-
-        tensors = [adopt(a) for a in args]
-        if kwargs or self._graph is None:
+        tensors = [adopt(_worded(a, self.inputs)) for a in args]
+        if kwargs:
             return self.object(*tensors, **{"training": False, **{k: adopt(v) for k, v in kwargs.items()}})
+        if self._relaxed is None or not self._fits(tensors):
+            return self._run(*tensors)
         try:
             return self._graph(*tensors)
-        except (tf.errors.OperatorNotAllowedInGraphError, NotImplementedError, AttributeError):
-            # A model whose Python cannot be traced. If it fails eagerly too, that is the error to show.
+        except Exception:
+            # A model whose Python cannot be traced, or not for shapes in general. If it fails directly too, that is the
+            # error to show.
             result = self._run(*tensors)
-            self._graph = None
+            self._relaxed = False if self._relaxed else None
+            self._graph = self._traced()
             return result
+
+    def _fits(self, tensors: List[Any]) -> bool:
+        """Whether shapes are as the model says that it takes them, as far as it does."""
+        if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+            tensors = list(tensors[0])
+        if not self.inputs or len(tensors) != len(self.inputs):
+            return True
+        return all(_is_of(tensor, takes["shape"]) for tensor, takes in zip(tensors, self.inputs))
+
+    def method(self, name: str) -> Callable[..., Any]:
+        found = super().method(name)
+        module = getattr(found, "__module__", None) or ""
+        if module.partition(".")[0] in ("keras", "tensorflow"):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return found(*args, **kwargs)
+            finally:
+                self._graph = self._traced()
+
+        return call
 
     def rehearse(self) -> None:
         example = zeros(self.inputs)
         if example is not None:
-            self(example[0] if len(example) == 1 else example)
+            self(_as_taken(self.object, example))
 
 
 class SavedModel(Model):
@@ -176,7 +227,25 @@ class Holder(Model):
         for model in nested_models(self.object):
             example = zeros(keras_inputs(model), free=64)
             if example is not None:
-                model(example[0] if len(example) == 1 else example)
+                model(_as_taken(model, example))
+
+
+def _as_taken(model: Any, example: List[Any]) -> Any:
+    """One for each input, in the dict or whatever else the model was made with."""
+    import tensorflow as tf
+
+    takes = getattr(model, "_inputs_struct", None)  # of keras.Functional, which says it nowhere else
+    if takes is not None:
+        of = {id(taken): value for taken, value in zip(model.inputs, example)}
+        return tf.nest.pack_sequence_as(takes, [of[id(taken)] for taken in tf.nest.flatten(takes)])
+    return example[0] if len(example) == 1 else example
+
+
+def _is_of(tensor: Any, shape: Optional[List[Optional[int]]]) -> bool:
+    given = getattr(tensor, "shape", None)
+    if shape is None or given is None:
+        return True
+    return len(given) == len(shape) and all(n is None or n == m for n, m in zip(shape, given))
 
 
 def _signature(function: Any) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from nsutil import messages
 from nsutil.messages import MessageError
 from pocketd.client import errors
 from pocketd.client.control import Control
-from pocketd.client.core import Core, Outgoing
+from pocketd.client.core import Core, Outgoing, limited
 from pocketd.client.handshake import Login, open_login
 from pocketd.client.model import Model
 from pocketd.client.session import died, request
@@ -134,11 +134,12 @@ class Session:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
         return Model(self, await self._request({"op": "load", "path": path}, timeout))
 
-    def tensor(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
-        """A new tensor in shared memory, 64-byte aligned, its contents undefined. Raises BadTensor."""
-        return self._core.tensor(tuple(shape), dtype)
+    def tensor(self, shape: Sequence[int], dtype: Any = "float32") -> Tensor:
+        """A new tensor in shared memory, 64-byte aligned, its contents undefined. `dtype` is a name, or what numpy
+        takes. Raises BadTensor."""
+        return self._core.tensor(shape, dtype)
 
-    async def call(self, target: str, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
+    async def call(self, target: str, /, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
         """Call "module:function" of the pocket's own code in the worker; see the blocking form."""
         return await self._request({"op": "call", "target": target, "args": list(args), "kwargs": kwargs}, timeout)
 
@@ -177,7 +178,7 @@ class Session:
     async def _request(self, message: Dict[str, Any], timeout: Optional[float]) -> Any:
         if self._over is not None:
             raise self._over
-        timeout = self.call_timeout if timeout is None else timeout
+        timeout = limited(self.call_timeout if timeout is None else timeout)
         id, outgoing = self._core.request(message)
         waiting: asyncio.Future[Any] = self._loop.create_future()
         self._waiting[id] = waiting

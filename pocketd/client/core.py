@@ -20,7 +20,8 @@ import collections
 import os
 import struct
 import sys
-from typing import Any, Deque, Dict, List, Optional, Tuple
+from contextlib import suppress
+from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 
 from nsutil import messages
 from nsutil.messages import Fds, MessageError
@@ -28,11 +29,21 @@ from pocketd import arrays, tensors, wire
 from pocketd.arena import RESTING, Arenas, Heap
 from pocketd.client import errors
 from pocketd.client.tensor import Block, Tensor, view_of
-from pocketd.values import Format
+from pocketd.values import Format, of_handle
 
 CLIENT_PARITY, WORKER_PARITY = 1, 0
 CANCEL = struct.Struct("<Q")
+LONGEST = 2_000_000.0  # seconds
 _NOTHING: List[Any] = []
+
+
+def limited(timeout: Optional[float]) -> Optional[float]:
+    """A time-out as it can be waited for: one beyond poll(2)'s longest, of 24 days, is none. Raises ValueError."""
+    if timeout is None or timeout > LONGEST:
+        return None
+    if timeout != timeout:
+        raise ValueError("the time-out is not a number")
+    return timeout
 
 
 Outgoing = Tuple[bytes, Optional[int]]
@@ -69,10 +80,7 @@ class Core:
     def request(self, message: Dict[str, Any]) -> Tuple[int, List[Outgoing]]:
         """Number a request, which this takes over: its number, and the messages to send in order. Raises
         errors.PocketError."""
-        if os.getpid() != self.pid:
-            raise errors.SessionClosed(
-                "this session belongs to the process that this one was forked from; log in again"
-            )
+        self._check_process()
         frees = self._collect() if self._freed else []
         if self._heap.resting >= RESTING:
             self._heap.relax()
@@ -125,10 +133,16 @@ class Core:
             )
         raise errors.UnknownModel(f"no model {name!r} in this session; models here: {known}", model=name)
 
-    def tensor(self, shape: Tuple[int, ...], dtype: str) -> Tensor:
-        """A new tensor in our own arena, its contents undefined. Raises errors.BadTensor."""
+    def tensor(self, shape: Sequence[Any], dtype: Any) -> Tensor:
+        """A new tensor in our own arena, its contents undefined; a shape and a dtype may be numpy's. Raises
+        errors.BadTensor."""
+        self._check_process()
         if self._closed:
             raise errors.SessionClosed("the session is closed")
+        if not isinstance(dtype, str) and tensors.numpy() is not None:
+            with suppress(TypeError):
+                dtype = tensors.numpy().dtype(dtype).name
+        shape = tuple(n.__index__() if hasattr(n, "__index__") and type(n) is not bool else n for n in shape)
         try:
             size = tensors.nbytes(dtype, shape)
             self._return_own()
@@ -136,6 +150,12 @@ class Core:
         except tensors.BadTensor as e:
             raise errors.of(e) from None
         return Tensor(Block(arena, offset, self._freed), dtype, shape, size)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self.pid:
+            raise errors.SessionClosed(
+                "this session belongs to the process that this one was forked from; log in again"
+            )
 
     # Receiving
 
@@ -228,7 +248,7 @@ class Core:
             if block._freed is not self._freed:
                 raise errors.BadTensor("the tensor belongs to another session; pass it as numpy array to copy it")
             self._keep.append(block)
-            return value.handle()
+            return of_handle(value.handle())
         value = arrays.scalar(value)
         np = sys.modules.get("numpy")
         if np is not None:
@@ -239,14 +259,15 @@ class Core:
             handle = view_of(value, self._heap.arenas.values()) if isinstance(value, np.ndarray) else None
             if handle is not None:
                 self._keep.append(value)  # its base keeps the block
-                return tensors.encode(handle)
+                return of_handle(tensors.encode(handle))
+        value = arrays.words(value)
         handle = arrays.store(self._heap, value)
         if handle is None:
-            if not isinstance(value, (int, float, str, bytes)):
+            if not isinstance(value, (int, float, str, bytes, list)):
                 raise TypeError(f"a {type(value).__name__} is neither a plain value nor a tensor")
             return value
         self._keep.append(Block(self._heap.arenas[handle.arena], handle.offset, self._freed))
-        return tensors.encode(handle)
+        return of_handle(tensors.encode(handle))
 
     def _resolve(self, data: bytes) -> Tensor:
         """The tensor of a handle in a reply. It owns the range: a handle must be sent for one range only once."""

@@ -18,7 +18,7 @@ from nsutil.messages import MessageError
 from pocketd import wire
 from pocketd.client import errors
 from pocketd.client.control import Control
-from pocketd.client.core import Core, Outgoing, Reply
+from pocketd.client.core import Core, Outgoing, Reply, limited
 from pocketd.client.handshake import Login, environment, open_login
 from pocketd.client.model import Model
 from pocketd.client.tensor import Tensor
@@ -125,12 +125,13 @@ class Session:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
         return Model(self, self._request({"op": "load", "path": path}, timeout))
 
-    def tensor(self, shape: Sequence[int], dtype: str = "float32") -> Tensor:
-        """A new tensor in shared memory, 64-byte aligned, its contents undefined. Raises BadTensor."""
+    def tensor(self, shape: Sequence[int], dtype: Any = "float32") -> Tensor:
+        """A new tensor in shared memory, 64-byte aligned, its contents undefined. `dtype` is a name, or what numpy
+        takes. Raises BadTensor."""
         with self._lock:
-            return self._core.tensor(tuple(shape), dtype)
+            return self._core.tensor(shape, dtype)
 
-    def call(self, target: str, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
+    def call(self, target: str, /, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
         """Call "module:function" of the pocket's own code in the worker and return its result.
 
         Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors.
@@ -147,16 +148,24 @@ class Session:
                 os.write(self._waker, b"\0")
 
     def close(self) -> None:
-        """End the session and its worker. May be called twice, and in a forked child without harm to the parent."""
+        """End the session and its worker. May be called twice, by another thread than the one that waits for a call,
+        which gets SessionClosed, and in a forked child without harm to the parent."""
         if self._over is None:
             self._over = errors.SessionClosed("the session is closed")
-        own = os.getpid() == self._core.pid
+        if os.getpid() != self._core.pid:
+            self._let_go()
+            return
+        # A forked child may hold these too: shutdown ends the connection itself. Who waits for it wakes, and lets go of
+        # what is closed then: its number might be another's by the time that it looks.
         for sock in (self._sock, self._hold):
-            # A forked child may hold these too: shutdown ends the connection itself, and only the process whose it is.
             with suppress(OSError):
-                if own:
-                    sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+                sock.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._sock.close()
+        self._hold.close()
         for name in ("_cancel", "_woken", "_waker"):
             fd = getattr(self, name)
             setattr(self, name, -1)
@@ -192,8 +201,7 @@ class Session:
         return self._request(message, timeout)
 
     def _request(self, message: Dict[str, Any], timeout: Optional[float]) -> Any:
-        if timeout is None:
-            timeout = self.call_timeout
+        timeout = limited(self.call_timeout if timeout is None else timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._lock.acquire(True, -1 if timeout is None else timeout):
             raise errors.Timeout(f"another thread's call took the {timeout:g} s of this one")
@@ -213,8 +221,10 @@ class Session:
                         break
                 if self._cancelled == id:  # while the reply alone was waited for
                     raise errors.Cancelled("the call was cancelled")
-            except BaseException:
+            except BaseException as e:
                 self._abandon(id)
+                if isinstance(e, OSError) and self._over is not None:  # closed in a signal's handler meanwhile
+                    raise self._over from None
                 raise
             finally:
                 self._current = None
@@ -311,11 +321,12 @@ class Session:
                 os.write(self._cancel, told)
 
     def _died(self) -> errors.PocketError:
-        return self._fail(died(self._hold))
+        return self._over or self._fail(died(self._hold))
 
     def _fail(self, error: errors.PocketError) -> errors.PocketError:
-        self._over = error
-        return error
+        """Why the session is over: closed by another thread meanwhile, it is for that."""
+        self._over = self._over or error
+        return self._over
 
 
 def _milliseconds(deadline: Optional[float]) -> Optional[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Deque, Iterable, Optional, Tuple
 
 from pocketd import arrays, tensors
@@ -117,6 +118,39 @@ class Tensor:
         if not self.shape:
             raise TypeError("a tensor without dimensions has no length")
         return self.shape[0]
+
+    def item(self) -> Any:
+        """The number of a tensor that has one. Raises ValueError for others."""
+        if math.prod(self.shape) != 1:
+            raise ValueError(f"a tensor of shape {list(self.shape)} is not one number")
+        found = self.tolist()
+        while isinstance(found, list):
+            found = found[0]
+        return found
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __complex__(self) -> complex:
+        return complex(self.item())
+
+    def __index__(self) -> int:
+        found = self.item()
+        if self.shape or not isinstance(found, int):
+            raise TypeError(f"a tensor {self.dtype} of shape {list(self.shape)} is no index")
+        return found
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec and not self.shape else format(str(self), spec)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.numpy().copy()  # memory of a session cannot be had twice
 
     def __iter__(self) -> Any:
         return iter(self.numpy() if tensors.numpy() else self.tolist())

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STANDIN = Path(__file__).with_name("standin.py")
 
 DETECTOR = """
-    import os, signal, sys, threading, time
+    import os, signal, sys, threading, time, traceback
     import numpy as np
 
     def echo(*args, **kwargs): return [args, kwargs] if kwargs else list(args)
@@ -44,7 +44,55 @@ DETECTOR = """
     def address(a): return a.ctypes.data % 64, a.flags.writeable, a.flags.c_contiguous
     def strange(): return object()
     def half_strange(): return [np.zeros(1000), object()]
-    def words(): return np.array(["a"], dtype=object)
+    def objects(): return np.array([object()], dtype=object)
+    def words(kind): return np.array([["a", "bc"]], dtype=kind)
+    def when(): return np.datetime64("2020-01-01")
+    def number(dtype, value): return np.array([value]).astype(dtype)[0]
+    def half():
+        import ml_dtypes
+        return ml_dtypes.bfloat16(1.5)
+    def lists(n): return [np.zeros(100) for _ in range(n)]
+    def grow(megabytes): return np.zeros(megabytes << 20, "u1")
+    def used():
+        import gc
+        [found] = [o for o in gc.get_objects() if type(o).__name__ == "Heap"]
+        return len(found._used)
+    def target(target): return target
+    def unreadable(): raise ValueError("cannot read \\udcff.jpg")
+    def odd(how):
+        class Meta(type):
+            @property
+            def __name__(cls): raise ValueError("no")
+        class Odd(Exception, metaclass=Meta if how == "name" else type):
+            if how == "str":
+                def __str__(self): raise KeyboardInterrupt
+            if how == "notes":
+                @property
+                def __notes__(self): raise ValueError("no")
+            if how == "attribute":
+                def __getattribute__(self, name): raise ValueError("no")
+        if how == "syntax":
+            e = SyntaxError("x", ("f", 1, 2, "text"))
+            e.offset = "three"
+            raise e
+        raise Odd("odd")
+
+    keeps, errors = [], []
+    def keep(a, how="itself"):
+        made = {"itself": lambda: a, "view": lambda: a.view(), "slice": lambda: a[1:, ::2], "turned": lambda: a.T,
+                "buffer": lambda: memoryview(a)}
+        keeps.append(made[how]())
+    def keep_some(arrays, n): keeps.extend(arrays[:n])
+    def keep_error(a):
+        try:
+            raise ValueError("kept")
+        except ValueError as e:
+            errors.append(e)
+            raise
+    def kept(): return [np.asarray(a).ravel().tolist() for a in keeps]
+    def kept_errors(): return [last(e).f_locals["a"].tolist() for e in errors]
+    def last(e): return list(traceback.walk_tb(e.__traceback__))[-1][0]
+    def drop_kept(): keeps.clear()
     def big(n): return b"x" * n
     def deep(n):
         value = ()

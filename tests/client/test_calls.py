@@ -236,7 +236,8 @@ def test_results_that_cannot_travel_are_clear_errors(session: Session) -> None:
     for target, said in (
         ("strange", "builtins.object"),
         ("half_strange", "builtins.object"),
-        ("words", "dtype object"),
+        ("objects", "dtype object"),
+        ("when", "dtype datetime64"),
     ):
         with pytest.raises((BadValue, BadTensor), match=said):
             session.call(f"detector:{target}")
@@ -244,6 +245,118 @@ def test_results_that_cannot_travel_are_clear_errors(session: Session) -> None:
         with pytest.raises(BadValue):
             session.call("detector:half_strange")
     assert mapped(session.pid) <= 1  # a result that was packed in part only is given back
+
+
+@pytest.mark.parametrize("kind", ["U", "S", "O"])
+def test_words_travel_as_lists(session: Session, kind: str) -> None:
+    words = np.array([["a", "bc"]], dtype=kind)
+    assert session.call("detector:words", kind) == words.tolist() == session.call("detector:echo", words)[0]
+    assert session.call("detector:echo", words[0, 1]) == [words.tolist()[0][1]]
+
+
+def test_a_number_of_a_kind_that_msgpack_lacks(session: Session) -> None:
+    pytest.importorskip("ml_dtypes")
+    half = session.call("detector:half")
+    assert half.dtype == "bfloat16" and float(half) == 1.5
+    assert session.call("detector:echo", half)[0].item() == 1.5
+
+
+def test_numbers_of_numpy_are_numbers(session: Session) -> None:
+    """Also in a result; a complex one, which msgpack lacks, is a tensor."""
+    for number in (np.int8(3), np.float32(0.5), np.bool_(True), np.str_("a"), np.bytes_(b"b")):
+        [back] = session.call("detector:echo", number)
+        assert back == number and type(back) in (int, float, bool, str, bytes)
+        assert session.call("detector:number", str(number.dtype), 1) in (1, True, "1", b"1")
+    assert session.call("detector:number", "complex64", 1).item() == 1 + 0j
+
+
+def test_a_tensor_of_one_number_is_a_number(session: Session) -> None:
+    number, many, none = (session.call("detector:echo", np.array(v))[0] for v in (3, [1, 2], []))
+    assert (int(number), float(number), number.item(), f"{number:03d}", [5, 6, 7, 8][number]) == (3, 3.0, 3, "003", 8)
+    [no] = session.call("detector:echo", np.array([False]))
+    assert not no and number
+    for tensor in (many, none):
+        with pytest.raises(ValueError, match="not one number"):
+            bool(tensor)
+    with pytest.raises(TypeError, match="no index"):
+        [1][no]
+
+
+def test_a_copy_of_a_tensor_is_an_array(session: Session) -> None:
+    import copy
+
+    ours = session.tensor((3,), "int32")
+    ours[:] = 1
+    copied = copy.deepcopy({"a": ours})["a"]
+    ours[:] = 2
+    assert copied.tolist() == [1, 1, 1] and copy.copy(ours).tolist() == [2, 2, 2]
+
+
+def test_shapes_and_dtypes_of_numpy_are_taken(session: Session) -> None:
+    array = np.ones((2, 3), "int16")
+    for dtype in (array.dtype, np.int16, "int16"):
+        tensor = session.tensor((np.int64(2), *array.shape[1:]), dtype)
+        assert (tensor.dtype, tensor.shape) == ("int16", (2, 3))
+    with pytest.raises(BadTensor, match="is not one of"):
+        session.tensor((1,), np.dtype("datetime64[s]"))
+
+
+def test_a_functions_own_argument_named_target(session: Session) -> None:
+    assert session.call("detector:target", target="here") == "here"
+
+
+def test_time_limits_that_are_none_and_that_are_no_numbers(session: Session) -> None:
+    for timeout in (float("inf"), 1e12):
+        assert session.call("detector:add", 1, 2, timeout=timeout) == 3
+    with pytest.raises(ValueError, match="not a number"):
+        session.call("detector:add", 1, 2, timeout=float("nan"))
+    assert session.call("detector:add", 1, 2) == 3
+
+
+def test_arenas_that_the_worker_gave_up_are_let_go_here(session: Session) -> None:
+    for megabytes in (1, 3, 7, 15, 31, 63, 127, 255):
+        session.call("detector:grow", megabytes)
+    session.call("detector:add", 1, 2)
+    assert len(session._core._theirs) <= 2
+
+
+def test_an_exception_that_holds_what_is_no_text(session: Session) -> None:
+    with pytest.raises(RemoteError, match=r"cannot read \\udcff\.jpg") as e:
+        session.call("detector:unreadable")
+    assert "ValueError" in e.value.remote_traceback and "detector.py" in e.value.remote_traceback
+    assert session.call("detector:add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("how", ["str", "notes", "attribute", "name", "syntax"])
+def test_an_exception_that_raises_when_it_is_shown(session: Session, how: str) -> None:
+    with pytest.raises(RemoteError) as e:
+        session.call("detector:odd", how)
+    assert "detector.py" in e.value.remote_traceback and e.value.type == ("SyntaxError" if how == "syntax" else "Odd")
+    assert session.call("detector:add", 1, 2) == 3
+
+
+def test_a_forked_child_gets_no_memory_of_its_parents_session(session: Session) -> None:
+    session.tensor((4,))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            session.tensor((4,))
+        except SessionClosed:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.3])
+def test_a_session_that_another_thread_closes_during_a_call(session: Session, after: float) -> None:
+    timer = threading.Timer(after, session.close)
+    timer.start()
+    for _ in range(2):
+        with pytest.raises(SessionClosed):
+            while True:
+                session.call("detector:nap", 2)
+    timer.join()
 
 
 def test_arguments_that_cannot_travel_are_clear_errors(session: Session) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import threading
@@ -14,6 +16,7 @@ import pytest
 from nsutil import messages
 from pocketd import wire
 from pocketd.client import Cancelled, Session, Timeout
+from pocketd.client.core import CANCEL
 from pocketd.client.handshake import Login
 from tests.conftest import TIMEOUT
 
@@ -77,6 +80,27 @@ def test_late_results_are_dropped_and_their_memory_used_again(session: Session) 
     session.call("detector:add", 1, 2)
     core = session._core
     assert not core._calls and not core._abandoned and not core._freed and len(core._theirs) == 1
+
+
+def test_a_cancel_that_comes_while_a_result_is_copied_leaks_nothing(session: Session) -> None:
+    session.call("detector:grow", 200)
+    for n in range(60):
+        for target, size in (("grow", 200), ("lists", 2000)):
+            with contextlib.suppress(Timeout):
+                session.call(f"detector:{target}", size, timeout=0.002 * (n % 30 + 1))
+    session.call("detector:add", 1, 2)
+    gc.collect()
+    session.call("detector:add", 1, 2)
+    assert session.call("detector:used") == 0
+
+
+def test_calls_that_nobody_cancelled_do_not_fail(open_session: Callable[..., Session]) -> None:
+    """Cancels of others come one upon the other, in the midst of each other's handling."""
+    session = open_session()
+    for n in range(1, 3000):
+        os.write(session._cancel, CANCEL.pack(n + 100000))
+        if n % 3 == 0:
+            assert session.call("detector:add", n, 1) == n + 1
 
 
 def test_a_cancelled_calls_input_is_kept_until_the_worker_is_done_with_it(session: Session) -> None:

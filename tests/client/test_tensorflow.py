@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pocketd.client import BadTensor, RemoteError, Session, login
+from pocketd.client import RemoteError, Session, login
 from tests.client.conftest import ROOT, standin
 
 # Made in a process of its own: once TensorFlow has run here, the forks of other tests would hang.
@@ -40,6 +40,15 @@ MAKE = """
         @tf.function(input_signature=[tf.TensorSpec([None], tf.bfloat16, "h")])
         def half(self, h): return {"out": h * 2}
     adder = Adder()
+    class Previous(tf.Module):
+        def __init__(self): self.last, self.n = tf.Variable(tf.zeros([4])), tf.Variable(0)
+        @tf.function(input_signature=[tf.TensorSpec([4], tf.float32, "x")])
+        def __call__(self, x):
+            difference = x - self.last
+            self.last.assign(x)
+            return {"difference": difference, "calls": self.n.assign_add(1)}
+    previous = Previous()
+    tf.saved_model.save(previous, f"{out}/previous", signatures=previous.__call__)
     signatures = {"serving_default": adder.__call__, "upper": adder.upper, "half": adder.half}
     tf.saved_model.save(adder, f"{out}/adder", signatures=signatures)
     np.savez(f"{out}/expected.npz", x=x, one=one(x, training=False), max=small(x, training=False)[1])
@@ -66,6 +75,53 @@ FACTORY = """
 
     class Untraceable(tf.keras.Model):
         def call(self, x, training=False): return x + float(x.numpy().sum())
+
+    K, L = tf.keras, tf.keras.layers
+
+    class Flat(K.Model):
+        def call(self, x, training=False): return tf.reshape(x, (x.shape[0] * 4,))
+    class Norm(K.Model):
+        def call(self, x, training=False): return x / float(tf.reduce_max(x))
+    class Optional(K.Model):
+        def call(self, a, b=None, training=False): return a if b is None else a + b
+    class Scaled(K.Model):
+        scale = 1.0
+        def set_scale(self, scale): self.scale = scale
+        def call(self, x, training=False): return x * self.scale
+    class Positive(K.Model):
+        def build(self, input_shape=(1, 3)): super().build(input_shape)
+        def call(self, x, training=False):
+            tf.debugging.assert_positive(x)
+            return x + 1
+
+    def relu():
+        x = K.Input((4,))
+        return K.Model(x, L.ReLU()(x))
+
+    def stateful():
+        K.utils.set_random_seed(3)
+        x = K.Input(batch_shape=(1, 3, 2))
+        return K.Model(x, L.LSTM(4, stateful=True, bias_initializer="ones")(x))
+
+    def by_name():
+        "Its inputs stand in an order that is not that of their names."
+        ids, mask = K.Input((4,), name="ids", dtype="int32"), K.Input((4,), name="attention", dtype="int32")
+        whole = L.Multiply()([L.Embedding(9, 3, embeddings_initializer="ones")(ids), L.Reshape((4, 1))(mask)])
+        return K.Model({"ids": ids, "attention": mask}, L.Flatten()(whole))
+
+    def words():
+        layer = L.TextVectorization(vocabulary=["a", "b"], output_mode="int")
+        x = K.Input((), dtype="string")
+        return K.Model(x, layer(x))
+
+    class Difference:
+        "Of an image and the one before it, kept as it came."
+        def __init__(self): self.last = 0
+        def of(self, x):
+            found, self.last = float((x - self.last).sum()), x
+            return found
+        def weights(self): return [K.Variable([1.0, 2.0]), tf.constant("word"), tf.constant([["x", "y"]])]
+        def half(self): return tf.constant(1.5, tf.bfloat16)
 """
 
 
@@ -92,6 +148,11 @@ def open_tensorflow(files: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "adder": str(files / "adder"),
         "network": "nets:network",
         "detector": "nets:Detector",
+        "previous": str(files / "previous"),
+    }
+    models |= {
+        made: f"nets:{made}"
+        for made in "Flat Norm Optional Scaled Positive relu stateful by_name words Difference".split()
     }
     for directory in standin("tensorflow", tmp_path_factory.mktemp("run"), models, str(modules)):
         yield partial(login, "tensorflow", directory=str(files), runtime_dir=directory, timeout=120)
@@ -155,8 +216,7 @@ def test_signatures_take_inputs_by_position_and_by_name(tf_session: Session) -> 
         assert result["sum"].tolist() == [6, 9] and result["difference"].tolist() == [4, 5]
     with pytest.raises(RemoteError, match="takes 2 inputs"):
         adder(a, a, a)
-    with pytest.raises(BadTensor, match="dtype object"):
-        adder.upper("shout")
+    assert adder.upper("shout") == b"SHOUT"
 
 
 def test_bfloat16_works(tf_session: Session) -> None:
@@ -188,6 +248,78 @@ def test_factories_make_networks_and_detectors(tf_session: Session) -> None:
     [face] = detector.detect(image, least=1)
     assert face["box"] == [1, 2] and type(face["score"]) is float and face["raw"].shape == (1, 2)
     assert detector.detect(image)[0]["calls"] == 2
+
+
+def ones(*shape: int, of: float = 1) -> Any:
+    return np.full(shape, of, np.float32)
+
+
+def test_a_variable_that_is_given_an_argument_keeps_it(tf_session: Session) -> None:
+    """It takes the memory over. That is the arena's, where the next call's argument lies."""
+    for model in (tf_session.load("previous"), tf_session.model("Difference").of):
+        found = [model(ones(4, of=v)) for v in (1, 2, 4, 8)]
+        found = [f["difference"].tolist()[0] if isinstance(f, dict) else f / 4 for f in found]
+        assert found == [1, 1, 2, 4]
+
+
+def test_a_rehearsal_changes_no_models_state(open_tensorflow: Callable[[], Session], files: Path) -> None:
+    with open_tensorflow() as session:
+        assert int(session.model("previous")(ones(4))["calls"]) == 1
+        first = session.model("stateful")(ones(1, 3, 2)).numpy()
+    with open_tensorflow() as session:
+        model = session.model("stateful")
+        np.testing.assert_allclose(model(ones(1, 3, 2)).numpy(), first)
+        assert not np.allclose(model(ones(1, 3, 2)).numpy(), first)
+
+
+def test_a_graph_follows_what_a_models_method_changes(tf_session: Session) -> None:
+    model = tf_session.model("Scaled")
+    assert model(ones(2)).tolist() == [1, 1]
+    model.set_scale(3.0)
+    assert model(ones(2)).tolist() == [3, 3]
+
+
+def test_shapes_that_do_not_fit_are_refused_after_others_too(tf_session: Session) -> None:
+    model = tf_session.model("relu")
+    for n in (1, 2, 3):
+        assert model(ones(n, 4)).shape == (n, 4)
+    with pytest.raises(RemoteError, match="expected shape"):
+        model(ones(1, 9))
+    assert model(ones(5, 4)).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    "name, calls, expected",
+    [
+        ("Flat", [[ones(1, 4)], [ones(2, 4)], [ones(3, 4)]], [4, 8, 12]),
+        ("Norm", [[ones(2, of=2)], [ones(4, of=8)]], [2, 4]),
+        ("Optional", [[ones(3)], [ones(3), ones(3)], [ones(3)]], [3, 6, 3]),
+    ],
+)
+def test_models_whose_python_suits_no_graph_for_all_shapes(
+    tf_session: Session, name: str, calls: list[list[Any]], expected: list[float]
+) -> None:
+    model = tf_session.model(name)
+    assert [float(model(*args).numpy().sum()) for args in calls] == expected
+
+
+def test_a_model_that_zeros_offend_can_be_deployed(tf_session: Session) -> None:
+    assert tf_session.model("Positive")(ones(1, 3)).tolist() == [[2, 2, 2]]
+    with pytest.raises(RemoteError, match="positive"):
+        tf_session.model("Positive")(ones(1, 3, of=-1))
+
+
+def test_a_model_that_takes_its_inputs_by_name(tf_session: Session) -> None:
+    given = {"ids": np.ones((1, 4), np.int32), "attention": np.array([[1, 0, 1, 0]], np.int32)}
+    assert tf_session.model("by_name")(given).numpy().sum() == 6
+
+
+def test_words_go_in_and_come_out(tf_session: Session) -> None:
+    for words in (["a", "b a"], np.array(["a", "b a"])):
+        assert tf_session.model("words")(words).tolist() == [[2, 0], [3, 2]]
+    variable, word, nested = tf_session.model("Difference").weights()
+    assert variable.tolist() == [1, 2] and word == b"word" and nested == [[b"x", b"y"]]
+    assert float(tf_session.model("Difference").half()) == 1.5
 
 
 def test_functions_of_the_pocket_use_tensorflow(tf_session: Session) -> None:
@@ -247,6 +379,26 @@ print([rt.arrays(model(np.float32([1, 2]))).tolist() for _ in range(2)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[[4.0, 5.0], [4.0, 5.0]]"
+
+
+def test_models_that_fail_say_which(files: Path, tmp_path: Path) -> None:
+    """As they are loaded it is an error; in a rehearsal with zeros they are deployed without."""
+    (tmp_path / "nets.py").write_text(textwrap.dedent(FACTORY) + "def broken(): return [][1]\n")
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
+import runtime.tensorflow as rt
+from runtime import models
+from pocketd.wire import Error
+assert models.load(rt, "positive", "nets:Positive").inputs
+try:
+    models.load(rt, "odd", "nets:broken", "factory")
+except Error as e:
+    print(e.message)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "model odd (factory) cannot be loaded: IndexError: list index out of range\n"
+    assert "model positive (nets:Positive) is not warm" in done.stderr and "nets.py" in done.stderr
 
 
 def test_a_model_that_cannot_be_found_says_which(files: Path, tmp_path: Path) -> None:
