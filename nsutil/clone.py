@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from nsutil.library import load
-from nsutil.obstacles import Obstacle, inspect, reopen, shared_mappings
+from nsutil.obstacles import Obstacle, inspect, renew, shared_mappings
 
 __all__ = [
     "Child",
@@ -41,15 +41,21 @@ __all__ = [
     "live_fork",
     "pause",
     "privatize_shared_mappings",
-    "shared_mappings",
-    "reopen",
+    "renew",
     "revive",
+    "shared_mappings",
+    "stop",
 ]
 
 CLONE_PARENT = 0x00008000  # linux/sched.h; the CLONE_NEW* stand in namespaces.py
 
 # A child of live_fork(quiet=False) whose threads could not be brought back ends with this status (livefork.h).
 NOT_REVIVED = 120
+
+_JEMALLOC = (
+    ". It is jemalloc's: background_thread:false keeps it from starting one, in MALLOC_CONF, or in what the library's "
+    "copy goes by (JE_ARROW_MALLOC_CONF of pyarrow, _RJEM_MALLOC_CONF of polars), before its import"
+)
 
 # One try to park; then all threads run again for a moment, so that one that waits for another gets on.
 _TRY = 0.25
@@ -92,6 +98,8 @@ class _Request(ctypes.Structure):
         ("set_tid_size", ctypes.c_uint64),
         ("lock_request", ctypes.c_void_p),
         ("lock", ctypes.c_void_p),
+        ("only", ctypes.c_void_p),
+        ("only_size", ctypes.c_uint64),
         ("cgroup", ctypes.c_int32),
         ("pid_namespace", ctypes.c_int32),
         ("own_pid_namespace", ctypes.c_int32),
@@ -281,6 +289,24 @@ def revive(timeout: float = 5.0) -> int:
     return count
 
 
+def stop(threads: Sequence[int], timeout: float = 0.5) -> bool:
+    """Stop threads of this process, by their native ids, for good: whatever they wait for, they run no line any more,
+    as daemon threads do when Python ends. False, and all go on, where one computes and may hold an allocator's lock,
+    or takes no signals."""
+    request, failure = _Request(pidfd=-1), _Failure()
+    numbers = array.array("i", threads)
+    request.only, request.only_size = numbers.buffer_info()
+    end = time.monotonic() + timeout
+    while True:
+        request.lock_request, request.lock = _lock_request(), _lock()
+        request.timeout_ns = int(max(end - time.monotonic(), 0.05) * 1e9)
+        if _library.livefork_stop(ctypes.byref(request), ctypes.byref(failure)) == 0:
+            return True
+        if failure.stage != b"quiet" or time.monotonic() > end:
+            return False
+        request.hold_ns = min(2 * request.hold_ns + 1_000_000, 64_000_000)
+
+
 def forget() -> None:
     """In a child that has revived its threads: take away the handler by which they had been stopped, a signal's that
     Python does not know of. The next `live_fork` installs one again."""
@@ -390,6 +416,7 @@ def _explain(failure: _Failure, what: str, timeout: float, tries: int) -> CloneE
         text = (
             f"{thread} did not stop within {timeout:g} s: {why}. A process with such a thread cannot be forked live; "
             "hold the program before it starts the thread, or let the thread take real-time signals"
+            + (_JEMALLOC if name.startswith("jemalloc") else "")
         )
     elif stage == "quiet":
         text = (

@@ -394,9 +394,13 @@ static long each_thread(long (*visit)(int tid)) {
 static uint32_t sent;       /* signals of this epoch whose threads are there, or are still to come */
 static uint32_t found_new;  /* by the pass over /proc/self/task that goes on */
 static int refused;         /* the thread that could not be signalled */
+static const int32_t *only; /* to be parked, and no others, if not NULL */
+static uint64_t only_size;
 
 static long send_ticket(int tid) {
     struct parked *p = atomic_load(&table);
+    for (uint64_t i = 0; only && i < only_size && only[i] != tid; i++)
+        if (i + 1 == only_size) return 0;
     for (uint32_t i = 0; i < used; i++)
         if (p[i].tid == tid && atomic_load(&p[i].phase)) return 0;
     if (used == atomic_load(&capacity)) return -ENOBUFS;
@@ -649,6 +653,20 @@ int livefork_revive(int64_t timeout_ns, struct livefork_failure *f) {
     if (held && bring_back(now() + timeout_ns, f) < 0) return -1;
     raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&caller_mask, 0, KERNEL_SIGSET, 0, 0);
     return (int)back;
+}
+
+int livefork_stop(struct livefork_request *q, struct livefork_failure *f) {
+    int64_t deadline = now() + q->timeout_ns;
+    if (held) return fail(f, "revive", EBUSY);
+    if (!q->only_size) return 0;
+    if (q->hold_ns > 0) doze(q->hold_ns);
+    only = q->only, only_size = q->only_size;
+    int failed = park(deadline, 1, f);
+    only = NULL;
+    if (failed) return -1;
+    if (q->lock_request) atomic_fetch_and((_Atomic uint32_t *)q->lock_request, ~1U);
+    set_lock_aside(q->lock);
+    return 0;
 }
 
 void livefork_forget(void) {

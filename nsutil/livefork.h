@@ -32,6 +32,8 @@ struct livefork_request {
     uint64_t set_tid_size;
     uint32_t *lock_request;     /* in the child, before returning: clear bit 0 of this (clone.py says why); or NULL */
     struct livefork_lock *lock; /* ... and put fresh ones here, until the threads come back; or NULL */
+    const int32_t *only;        /* livefork_stop: the threads that are meant, */
+    uint64_t only_size;         /* and how many they are */
     int32_t cgroup;            /* a directory of cgroup2, or -1 */
     int32_t pid_namespace;     /* a descriptor for setns, or -1 */
     int32_t own_pid_namespace; /* ... and the way back */
@@ -57,6 +59,10 @@ long livefork_fork(struct livefork_request *, struct livefork_failure *f);
 
 /* In the child: bring the threads back and restore the signal mask. How many, or -1: then the process must end. */
 int livefork_revive(int64_t timeout_ns, struct livefork_failure *f);
+
+/* Stop some threads for good, each asleep in a system call, and put fresh ones in the place of the interpreter's lock, for
+ * which they may be waiting. 0, or -1 and *f: then all go on. */
+int livefork_stop(struct livefork_request *, struct livefork_failure *f);
 
 /* In the child: take away the handler by which threads were stopped. The next fork installs one again. */
 void livefork_forget(void);

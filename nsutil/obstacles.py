@@ -125,6 +125,42 @@ def inspect(keep: Container[int]) -> list[Obstacle]:
     return found
 
 
+_OWN = "own copy"  # the name of a memfd, by memfd_create(2)
+LARGEST_COPY = 16 << 20  # bytes
+
+
+def is_written(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def is_copied(obstacle: Obstacle) -> bool:
+    """Whether it is what `renew` has put in a file's place."""
+    return obstacle.name.startswith(f"/memfd:{_OWN}")
+
+
+def renew(fd: int) -> None:
+    """Give this process a regular file of its parent's for itself: one that is open for reading once more, with an
+    offset of its own; of one that is open for writing a copy, which nobody else sees. Raises OSError, see `reopen`."""
+    if not is_written(fd):
+        reopen(fd)
+        return
+    flags, position = fcntl.fcntl(fd, fcntl.F_GETFL), os.lseek(fd, 0, os.SEEK_CUR)
+    inherited = fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC == 0
+    new = os.memfd_create(_OWN, os.MFD_CLOEXEC)
+    try:
+        content, at = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), 0
+        try:
+            while sent := os.sendfile(new, content, at, LARGEST_COPY):
+                at += sent
+        finally:
+            os.close(content)
+        os.lseek(new, position, os.SEEK_SET)
+        fcntl.fcntl(new, fcntl.F_SETFL, flags & (os.O_APPEND | os.O_NONBLOCK))
+        os.dup2(new, fd, inheritable=inherited)
+    finally:
+        os.close(new)
+
+
 def reopen(fd: int) -> None:
     """Give this process an offset of its own in the regular file `fd`: the same file, flags and position, by
     /proc/self/fd. A file that has been unlinked is reopened too. Raises OSError, when the file may not be opened

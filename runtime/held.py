@@ -336,7 +336,7 @@ class Held:
         if message.get("slot"):
             wire.send(self.talk, {"op": "forked", "launch": launch})
             for fd in self.open_files:
-                clone.reopen(fd)
+                clone.renew(fd)
             self.prepare()
             answers, words = sock, {}
             sock = slot.wait(sock, trace)
@@ -352,7 +352,7 @@ class Held:
             os._exit(0)
         if not message.get("slot"):
             for fd in self.open_files:
-                clone.reopen(fd)
+                clone.renew(fd)
         wire.send(answers, {"op": "taken" if message.get("slot") else "forked", **words})
         start, given = wire.receive(sock)
         trace.mark("it has its caller's start")

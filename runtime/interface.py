@@ -14,6 +14,10 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, Dict, List, Optional
 
+# jemalloc's thread for work in the background blocks all signals, so that no process with one can be forked live. The
+# copies of it in pyarrow (which pandas and lightgbm import) and polars start one at their import, unless told.
+JEMALLOC = {f"{prefix}MALLOC_CONF": "background_thread:false" for prefix in ("JE_ARROW_", "_RJEM_")}
+
 
 def keras_backend() -> Dict[str, str]:
     """Which one Keras has, where it is imported. Programs like to say so before they import it."""

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, List, NoReturn, Optional, Set, Tuple
 
 from nsutil import clone
 from nsutil.syscalls import libc
@@ -143,6 +143,13 @@ def adopt(start: Message, streams: Optional[Callable[[], object]] = None) -> Non
     set_locale()
     time.tzset()
     (streams or set_streams)()
+
+
+def tell_libraries(settings: Dict[str, str]) -> None:
+    """Put these into the environment as C sees it, where it has no others; Python does not, and the next
+    `set_environment` takes them out again."""
+    for name, value in settings.items():
+        libc.setenv(name.encode(), value.encode(), 0)
 
 
 _environ = ctypes.c_void_p.in_dll(libc, "environ")
@@ -355,15 +362,29 @@ def wind_up() -> bool:
     builtins.__dict__.update(_BUILTINS)
     good = flush()
     flush_files()
-    if threading.active_count() == 1:  # a daemon thread goes on here, where Python would stop it
-        forget_program()
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if not others or clone.stop([thread.native_id for thread in others if thread.native_id]):
+        forget_program(namespaces_of(others))  # daemon threads run no line any more then
     flush_quietly()
     libc.fflush(None)
     return good
 
 
-def forget_program() -> None:
-    """Let go of what the program's modules hold: files that it left open are written, finalizers run.
+def namespaces_of(threads: List[threading.Thread]) -> Set[int]:
+    """What these threads' functions have as globals, by id: Python has them live on, and all that they hold."""
+    found: Set[int] = set()
+    known = sys._current_frames()
+    for thread in threads:
+        frame = known.get(thread.ident or 0)
+        while frame is not None:
+            found.add(id(frame.f_globals))
+            frame = frame.f_back
+    return found
+
+
+def forget_program(kept: Collection[int] = ()) -> None:
+    """Let go of what the program's modules hold: files that it left open are written, finalizers run. `kept`:
+    namespaces that stay, by id.
 
     CPython: finalize_modules.
     """
@@ -375,7 +396,8 @@ def forget_program() -> None:
     gone = [sys.modules.pop(name, None) for name in (*names, "__main__")]
     if frozen:  # no collection finds what was there before
         for module in gone:
-            clear(getattr(module, "__dict__", {}))
+            if id(getattr(module, "__dict__", None)) not in kept:
+                clear(getattr(module, "__dict__", {}))
     del gone[:]
     frames.alone(gc.collect)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import signal
@@ -11,7 +10,7 @@ import threading
 import time
 from typing import Any, Set, Tuple
 
-from nsutil import clone
+from nsutil import clone, obstacles
 
 
 def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
@@ -32,7 +31,7 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
     found = clone.inspect(keep)
     refused = [str(o) for o in found if o.remedy == "refuse"]
     for o in found:
-        if o.remedy == "reopen" and o.fd is not None and is_written(o.fd):
+        if o.remedy == "reopen" and o.fd is not None and obstacles.is_written(o.fd) and not obstacles.is_copied(o):
             what = " (memory of a Value or Array of multiprocessing)" if "/pym-" in str(o) else ""
             refused.append(f"{o}{what}, open for writing")
     return "; ".join(refused), tuple(o.fd for o in found if o.remedy == "reopen" and o.fd is not None)
@@ -40,11 +39,10 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
 
 def _open_loops() -> bool:
     base: Any = sys.modules.get("asyncio.base_events")
-    return base is not None and any(isinstance(o, base.BaseEventLoop) and not o.is_closed() for o in gc.get_objects())
-
-
-def is_written(fd: int) -> bool:
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    # A weak reference's proxy says that it is of the class of what it stands for, or raises.
+    return base is not None and any(
+        issubclass(type(o), base.BaseEventLoop) and not o.is_closed() for o in gc.get_objects()
+    )
 
 
 def settle_children(seconds: float = 1.0) -> None:

@@ -20,9 +20,10 @@ from functools import partial
 from types import CodeType, FrameType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+from nsutil import obstacles
 from pocketd import wire
 from pocketd.wire import Message
-from runtime import checkpoint, leftbehind, program, recorded, remainder
+from runtime import checkpoint, program, recorded, remainder
 
 _WORTH = 0.05  # of the time until the first look: what a simpler place may lose against the last one
 _LEAST = 0.01  # seconds that are worth a checkpoint
@@ -313,7 +314,7 @@ def _is_written(name: str) -> bool:
     """Whether a descriptor of this process is of that file, and open for writing."""
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}") == name and leftbehind.is_written(int(fd)):
+            if os.readlink(f"/proc/self/fd/{fd}") == name and obstacles.is_written(int(fd)):
                 return True
     return False
 

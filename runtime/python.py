@@ -6,17 +6,17 @@ import importlib
 import sys
 from typing import Any, Dict, List, Optional
 
-from runtime.interface import CannotLoad, Model, keras_backend
+from runtime.interface import JEMALLOC, CannotLoad, Model, keras_backend
 
 # What is preloaded is anybody's choice, so these are the prefixes of all that are commonly read at import.
 VARIABLES = (
     "OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "GOTO_*", "BLIS_*", "ONEDNN_*", "DNNL_*", "NPY_*", "CUDA_*",
     "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "ATEN_*", "ORT_*", "JAX_*", "XLA_*", "KERAS_*", "TF_[!C]*", "TF_C[!P]*",
     "OPENCV_*", "HF_*", "TRANSFORMERS_*", "SKLEARN_*", "JOBLIB_*", "SCIPY_*", "POLARS_*", "ARROW_*", "MPL*",
-    "NUMBA_*",
+    "NUMBA_*", "TQDM_*", "MATPLOTLIBRC",
 )  # fmt: skip
 
-ENVIRONMENT: Dict[str, str] = {}
+ENVIRONMENT: Dict[str, str] = JEMALLOC
 defaults = keras_backend
 
 

@@ -9,6 +9,8 @@ tf.function that was traced before the fork. Generators that a program made itse
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import random
 import sys
@@ -46,10 +48,20 @@ def renew(kept: Collection[str] = ()) -> None:
         numpy_random.seed([_number(32) for _ in range(8)])
     if "torch" not in kept and (torch := _module("torch")):
         torch.default_generator.manual_seed(_number(63))
+    if _module("_sqlite3") and (randomness := _of_sqlite()):
+        randomness(0, None)  # random() in SQL: where no bytes are asked for, it takes a seed anew (sqlite3.h)
     context = _module("tensorflow.python.eager.context")
     eager = context.context_safe() if context else None
     if eager is not None and eager._context_handle is not None:  # else nothing has been drawn, and it will seed itself
         _renew_tensorflow(kept)
+
+
+@functools.lru_cache(maxsize=None)
+def _of_sqlite() -> Any:
+    try:
+        return ctypes.CDLL("libsqlite3.so.0", os.RTLD_NOLOAD).sqlite3_randomness
+    except (OSError, AttributeError):  # it is linked in, or has another name
+        return None
 
 
 def _renew_tensorflow(kept: Collection[str]) -> None:

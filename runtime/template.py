@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from nsutil import arenas, clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
+from nsutil.obstacles import LARGEST_COPY, is_written
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker, workingset
@@ -85,8 +88,13 @@ def warm(template: Template) -> None:
         if refused:
             what = "; ".join(str(o) for o in refused)
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
-        template.reopen = tuple(o.fd for o in obstacles if o.remedy == "reopen" and o.fd is not None)
-        files = imported.snapshot(clock)
+        open_files = {o.fd: o for o in obstacles if o.remedy == "reopen" and o.fd is not None}
+        large = [o for fd, o in open_files.items() if is_written(fd) and os.fstat(fd).st_size > LARGEST_COPY]
+        if large:
+            what = f"{'; '.join(map(str, large))}, open for writing and larger than {LARGEST_COPY >> 20} MiB"
+            raise Error("template", f"what was loaded holds {what}: each worker would have to have a copy of its own")
+        template.reopen = tuple(open_files)
+        seen = imported.snapshot(clock)
         cold.expression(template.runtime)
         template.pools = threads.find()
         randomness.prepare()
@@ -96,6 +104,7 @@ def warm(template: Template) -> None:
             memory.collapse()  # a warmer one shares these pages, and would have them twice
         gc.freeze()
         gc.disable()
+        try_fork()
         if template.models:
             template.pages = models.pages_of_first_calls(template.models).on_huge_pages()
     except BaseException as e:
@@ -112,9 +121,20 @@ def warm(template: Template) -> None:
             "privatized": privatized,
             "models": sorted(template.models),
         },
-        [files],
+        [seen],
     )
-    os.close(files)
+    os.close(seen)
+
+
+def try_fork() -> None:
+    """Whether it can be forked shows now, and not in each launch. Raises CloneError."""
+    child = clone.live_fork()
+    if child is None:
+        os._exit(0)
+    select.select([child.pidfd], [], [])
+    with suppress(ChildProcessError):  # a handler of what was imported has waited for it
+        os.waitpid(child.pid, 0)
+    os.close(child.pidfd)
 
 
 def serve(template: Template) -> Optional[Template]:

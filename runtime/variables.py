@@ -46,7 +46,7 @@ def _variables() -> List[Any]:
     if module is None:
         return []
     gc.collect()
-    return [o for o in gc.get_objects() if isinstance(o, module.BaseResourceVariable)]
+    return [o for o in gc.get_objects() if issubclass(type(o), module.BaseResourceVariable)]
 
 
 def _sum(value: Any) -> int:

@@ -52,7 +52,7 @@ def run(
         message = wire.unpack(memory.read_sealed(orders, ORDERS))
         os.close(orders)
         for fd in template.reopen:
-            clone.reopen(fd)
+            clone.renew(fd)
         output = handed.pop(0) if message["mode"] in ("client", "hold") else -1
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)

@@ -33,6 +33,28 @@ def test_exit_in_a_module_in_a_function_and_in_a_thread(both):
     both.same_program("import sys, threading\nt = threading.Thread(target=sys.exit, args=(4,)); t.start(); t.join()")
 
 
+DAEMONS = {
+    "waits": "threading.Event().wait",
+    "sleeps": "functools.partial(time.sleep, 1000)",
+    "computes": "beside.compute",
+    "opens files": "beside.open_files",
+    "waits in C for a lock": "lock.acquire",
+}
+LEFT_OPEN = """
+import beside, functools, gzip, threading, time, zipfile
+lock = threading.Lock()
+lock.acquire()
+for n in range(3): threading.Thread(target={daemon}, daemon=True).start()
+time.sleep(0.05)
+f = open('f', 'w'); f.write('kept')
+g = gzip.GzipFile('g', 'w', mtime=0); g.write(b'kept')
+z = zipfile.ZipFile('z', 'w'); z.writestr(zipfile.ZipInfo('a'), 'kept')
+class A:
+    def __del__(self): print('deleted')
+a = A()
+print('end')
+"""
+
 END = {
     "atexit": "import atexit\nfor n in range(3): atexit.register(print, n)\nprint('last')",
     "atexit after an error": "import atexit; atexit.register(print, 'end'); 1/0",
@@ -87,6 +109,34 @@ def test_threads_are_waited_for_and_daemons_are_not(both):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
         threading.Timer(0.05, gate.set).start()
         print("main ends")
+    """)
+
+
+@pytest.mark.parametrize("what", DAEMONS)
+def test_files_left_open_and_finalizers_beside_daemon_threads(both, what):
+    """They run no line any more when Python lets go of what there is. tqdm has such a thread."""
+    both.write(
+        "beside.py", "def compute():\n    while 1: pass\ndef open_files():\n    while 1: open('/dev/null').close()"
+    )
+    both.write("app.py", LEFT_OPEN.format(daemon=DAEMONS[what]))
+
+    def run(by):
+        ended = by("app.py")
+        return ended, [(name, (both.place / name).read_bytes(), (both.place / name).unlink()) for name in "fgz"]
+
+    expected = run(both.plain)
+    for _ in range(5):
+        assert run(both.pocket) == expected
+
+
+def test_what_a_daemon_threads_function_has_as_globals_lives_on(both):
+    both.same_program("""
+        import threading, time
+        class A:
+            def __del__(self): print("deleted")
+        a = A()
+        threading.Thread(target=lambda: time.sleep(1000), daemon=True).start()
+        print("end")
     """)
 
 

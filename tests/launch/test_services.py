@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,84 @@ def test_a_module_by_a_link_of_its_root_is_watched_there(own_pocketd, tmp_path, 
     assert wait_for(lambda: ready() == [2])
     assert daemon.pocket("run", "--service", "python", "-c", code, cwd=tmp_path).stdout == "22\n"
     assert not wait_for(lambda: daemon.log.read_text().count("files-changed") > 1, 6)
+
+
+@pytest.fixture
+def with_module(own_pocketd, rootfs):
+    """A pocketd with a service `python` that has imported a module of this source."""
+
+    def started(source: str, more: str = ""):
+        (rootfs / "opt/lib").mkdir(parents=True)
+        (rootfs / "opt/lib/mine.py").write_text(textwrap.dedent(source))
+        return own_pocketd(f"""
+            [service.python]
+            runtime = "python"
+            rootfs = "{rootfs}"
+            python = "/usr/bin/python3"
+            preload = ["mine"]
+            env = {{ PYTHONPATH = "/opt/lib" }}
+            {more}
+        """)
+
+    return started
+
+
+def test_a_file_that_an_import_leaves_open_for_writing_is_each_workers_own(with_module, tmp_path):
+    app = tmp_path / "app"
+    app.mkdir()
+    code = (
+        "import mine, os, sys; found = os.pread(mine.file.fileno(), 100, 0); mine.file.write(b' and mine')\n"
+        "print(found, os.pread(mine.file.fileno(), 100, 0), mine.file.tell())\n"
+    )
+    main = "def main(): print(mine.file.write(sys.argv[1].encode()), mine.file.tell())\nmain()"
+    (app / "app.py").write_text(code.replace("mine.file.write(b' and mine')", "0") + main)
+    daemon = with_module(
+        """
+        import tempfile
+        file = tempfile.TemporaryFile("w+b", buffering=0)
+        file.write(b"of the service")
+        """,
+        f'[pocket.held]\nservice = "python"\ndir = "{app}"\nprogram = "app.py"\ncheckpoint = "main"',
+    )
+    for _ in range(2):
+        done = daemon.pocket("run", "--service", "python", "-c", code, cwd=app)
+        assert done.stdout == "b'of the service' b'of the service and mine' 23\n"
+    daemon.pocket("warm", "held")
+    for _ in range(2):
+        assert daemon.pocket("held", "more").stdout == "b'of the service' b'of the service' 14\n4 18\n"
+    [row] = daemon.ps()["pockets"]
+    assert row["held"] == "held" and daemon.log.read_text().count("way=held") == 2
+
+
+def test_a_large_file_open_for_writing_is_refused_by_name(with_module, tmp_path):
+    daemon = with_module("""
+        import tempfile
+        file = tempfile.TemporaryFile("w+b")
+        file.truncate(17 << 20)
+    """)
+    done = daemon.pocket("python", "on", check=False)
+    assert done.returncode == 125 and "open for writing and larger than 16 MiB" in done.stderr
+
+
+def test_a_service_that_cannot_be_forked_does_not_start(with_module):
+    """Not: it is on, and each of its launches fails."""
+    daemon = with_module("""
+        import signal, threading, time
+        def work():
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+            time.sleep(1000)
+        threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.1)
+    """)
+    done = daemon.pocket("python", "on", check=False)
+    assert done.returncode == 125 and "did not stop within" in done.stderr and "blocks signals" in done.stderr
+
+
+def test_random_in_sql_is_another_in_each_run(with_module, tmp_path):
+    daemon = with_module("import sqlite3\nsqlite3.connect(':memory:').execute('select random()').fetchone()\n")
+    code = "import sqlite3; print(sqlite3.connect(':memory:').execute('select random()').fetchone())"
+    found = {daemon.pocket("run", "--service", "python", "-c", code, cwd=tmp_path).stdout for _ in range(3)}
+    assert len(found) == 3
 
 
 def test_the_host_root_shows_an_allowlist(pocketd, tmp_path):

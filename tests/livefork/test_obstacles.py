@@ -76,13 +76,38 @@ assert not [o for o in clone.inspect(()) if o.kind == "mapping"]
     )
 
 
+def test_a_file_open_for_writing_is_copied(python: Python, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    python(
+        f"""
+import fcntl
+descriptor, only = os.open({str(file)!r}, os.O_RDWR | os.O_APPEND), os.open({str(file)!r}, os.O_WRONLY)
+os.unlink({str(file)!r})
+assert os.read(descriptor, 4) == b"0123"
+def act():
+    clone.revive()
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    for fd in (descriptor, only):
+        clone.renew(fd)
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) == flags and not os.get_inheritable(descriptor)
+    os.write(only, b"x")
+    found = os.read(descriptor, 100)
+    os.write(descriptor, b"more")
+    return found.decode(), os.pread(only, 100, 0).decode(), os.pread(descriptor, 100, 0).decode()
+assert child_says(act) == ["456789", "x123456789", "0123456789more"]
+assert os.pread(descriptor, 100, 0) == b"0123456789"
+"""
+    )
+
+
 def test_a_reopened_file_has_an_offset_of_its_own(python: Python, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"0123456789")
     python(
         f"""
 import fcntl
-descriptor = os.open({str(file)!r}, os.O_RDWR | os.O_APPEND)
+descriptor = os.open({str(file)!r}, os.O_RDONLY | os.O_APPEND)
 os.unlink({str(file)!r})
 assert os.read(descriptor, 4) == b"0123"
 def act():
@@ -90,7 +115,7 @@ def act():
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     for obstacle in clone.inspect(()):
         if obstacle.remedy == "reopen":
-            clone.reopen(obstacle.fd)
+            clone.renew(obstacle.fd)
     assert fcntl.fcntl(descriptor, fcntl.F_GETFL) == flags and not os.get_inheritable(descriptor)
     return os.read(descriptor, 100).decode()
 assert child_says(act) == "456789"

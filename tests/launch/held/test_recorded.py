@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -368,3 +369,41 @@ with open(os.devnull) as f:
     pocket = hold(f"{source}{HERE}print(1)\n", "here =")
     pocket.warm()
     pocket.same()
+
+
+def test_libraries_are_told_to_start_no_thread_that_blocks_signals(hold):
+    """jemalloc's in pyarrow and polars: in C's environment, until the checkpoint."""
+    source = """
+    import ctypes, os, subprocess, sys
+    def seen():
+        libc = ctypes.CDLL(None)
+        libc.getenv.restype = ctypes.c_char_p
+        names = "JE_ARROW_MALLOC_CONF", "_RJEM_MALLOC_CONF"
+        return [libc.getenv(name.encode()) for name in names], [os.environ.get(name) for name in names]
+    before = seen()
+    def main():
+        print(before, seen(), b"MALLOC" in subprocess.check_output("env"))
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()")
+    pocket.warm()
+    told = "([b'background_thread:false', b'background_thread:false'], [None, None])"
+    for _ in range(2):
+        assert pocket.from_held().out.decode() == f"{told} ([None, None], [None, None]) False\n"
+
+
+def test_weak_references_to_what_is_gone_are_no_obstacle(hold):
+    """A proxy raises when it is asked of which class it is."""
+    source = """
+    import asyncio, sys, weakref
+    class A: pass
+    a = A()
+    proxy = weakref.proxy(a)
+    del a
+    def main(): print(sys.argv[1:])
+    main()
+    """
+    for rehearse in (None, ["s"]):
+        pocket = hold(textwrap.dedent(source), "main()", **({"rehearse": rehearse} if rehearse else {}))
+        assert pocket.warm()["rehearsed"] is bool(rehearse)
+        pocket.same("a")
