@@ -15,7 +15,7 @@ import warnings
 import weakref
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
-from runtime import carried, seeds, settings, state
+from runtime import carried, fingerprints, seeds, settings, state
 
 
 class Snapshot:
@@ -27,6 +27,7 @@ class Snapshot:
         self.names = {name: dict(vars(module)) for name, module in self._own()}
         self.own = frozenset((*self.names, "__main__"))
         self.state = state.State(self.own.__contains__, [*self.names.items(), ("", dict(local))])
+        self.others = fingerprints.Things(self.state.others)
         self.settings = settings.Settings()
         self.drawn = drawn
         self.operations = seeds.Seeds()
@@ -96,6 +97,7 @@ class Snapshot:
         _put_loggers(self.loggers)
         gc.collect()
         put_back(self.random)
+        left = left or self.others.changed()
         if not self.operations.operations:
             return left
         if self.drawn:

@@ -2,7 +2,8 @@
 
 Seen is what can be reached from the program's own names through containers, objects of its own classes, functions and
 classes; arrays, and TensorFlow's variables wherever they are. Objects of libraries are left as the rehearsal has warmed
-them, and so is what a library keeps in those of classes that derive from its own (derived.py).
+them, and so is what a library keeps in those of classes that derive from its own (derived.py); whether they have been
+changed say fingerprints.py.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class State:
         self._seen: Set[int] = set()
         self._copied = 0
         self._kinds: Dict[type, _Kind] = {}
+        self.others: List[Tuple[str, Any]] = []  # objects of libraries, which are not looked into here
         self.lazy: List[str] = []  # by what names a library's objects were loaded at their first use
         self._variables = variables.Variables()
         self.whole = True  # all of it has been looked at
@@ -117,11 +119,14 @@ class State:
             if slots:
                 yield from self._keep(label, thing, _SLOTS).values()
         elif self._is_derived(type(thing)) and hasattr(thing, "__dict__"):
+            self.others.append((label, thing))
             yield from self._keep(label, thing, self._derived(type(thing))).values()
         elif _is_wrapper(type(thing)):
             yield from self._keep(label, thing, _WRAPPERS[type(thing).__name__])
         elif _place(thing) is not None:
             self._keep(label, thing, _ITERATOR)
+        elif type(thing).__module__ != "builtins":
+            self.others.append((label, thing))
 
     def _keep(self, label: str, thing: Any, kind: _Kind) -> Any:
         held = kind.look(thing)

@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import re
 import textwrap
 
 import pytest
@@ -135,6 +136,74 @@ def test_what_cannot_be_put_back_is_named(hold, what):
     assert facts["rehearsed"] is False
     assert f"it changes it, or what it holds, of type {kind}, which cannot be put back" in facts["not_rehearsed"]
     pocket.same("job", "job")
+
+
+LIBRARIES = {  # what is made before the checkpoint, what changes it, what only uses it, its type
+    "a database": (
+        "import sqlite3; it = sqlite3.connect(':memory:'); it.execute('create table t (x)')",
+        "it.execute('insert into t values (1)')", "it.execute('select count(*) from t').fetchone()", "Connection",
+    ),
+    "a document": (
+        "import xml.etree.ElementTree as E; it = E.fromstring('<a><b/></a>')",
+        "it[0].set('x', 'y')", "it.find('b').get('x')", "Element",
+    ),
+    "a pool that is shut down": (
+        "from concurrent.futures import ThreadPoolExecutor; it = ThreadPoolExecutor(2)",
+        "it.shutdown()", "it.submit(len, 'ab').result()", "ThreadPoolExecutor",
+    ),
+    "text in memory": ("import io; it = io.StringIO()", "it.write('x')", "it.getvalue()", "StringIO"),
+    "an image": (
+        "from PIL import Image; it = Image.new('RGB', (9, 9))",
+        "it.putpixel((0, 0), (1, 2, 3))", "it.resize((3, 3)).getpixel((0, 0))", "Image",
+    ),
+    "an image that is loaded late": (
+        "from PIL import Image; Image.new('L', (9, 9)).save('/tmp/x.png'); it = Image.open('/tmp/x.png')",
+        "it.putpixel((0, 0), 3)", "it.resize((3, 3)).getpixel((0, 0))", "PngImageFile",
+    ),
+    "one in a list": ("import io; it = [io.BytesIO(b'ab')]", "it[0].read(1)", "it[0].getvalue()", "BytesIO"),
+    "one in an object's attribute": (
+        "import io\nclass A: pass\nit = A(); it.file = io.BytesIO(b'ab')", "it.file.read(1)", "it.file.getvalue()", "BytesIO",
+    ),
+    "one of a class that derives from a library's": (
+        "from PIL import ImageFont\nclass A(ImageFont.TransposedFont): pass\nit = A(None)",
+        "it.orientation = 7", "it.orientation", "__main__.A",
+    ),
+    "a session's headers": (
+        "import requests; it = requests.Session()", "it.headers['x'] = 'y'", "it.headers.get('x')", "Session",
+    ),
+    "a session's cookies": (
+        "import requests; it = requests.Session()", "it.cookies.set('x', 'y')", "it.cookies.get('x')", "Session",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LIBRARIES)
+def test_a_librarys_object_that_the_sample_changes_is_named(hold, what):
+    """It cannot be put back. One that is used alone stays, and is warm."""
+    before, change, use, kind = LIBRARIES[what]
+    source = f"import sys\n{before}\ndef main():\n    if 'job' in sys.argv: {change}\n    elif 'use' in sys.argv: print({use})\n    else: sys.exit(3)\nmain()\n"
+    pocket = hold(source, "main()", rehearse=["job"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False, "its change is in every run"
+    assert re.search(rf"it changes it, or what it holds, of type \S*\b{kind}, which", facts["not_rehearsed"]), facts
+    pocket.same("use")
+    pocket = hold(source, "main()", rehearse=["use"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("use")
+
+
+def test_generators_of_random_numbers_are_no_such_objects(hold):
+    source = """
+    import random, sys, numpy
+    mine, theirs = random.Random(1), numpy.random.default_rng(2)
+    def main(): print(mine.random(), theirs.random(), sys.argv[1:])
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["s"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("a")
 
 
 @pytest.mark.parametrize(
