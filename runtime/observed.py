@@ -126,7 +126,7 @@ class Observer:
         """Its code, in which each statement says when it is reached first. sys.settrace would take ten times as long
         as a loop itself does."""
         tree = ast.parse(source, path)
-        for body in list(checkpoint.bodies(tree)):
+        for body in _of_its_own(tree):
             statements = list(body)
             body.clear()
             for n, statement in enumerate(statements):
@@ -291,12 +291,27 @@ class Observer:
         return None
 
 
+def _of_its_own(tree: ast.Module) -> List[checkpoint.Body]:
+    """Bodies but those of functions that others may compile or take apart, since they would find more in them than its
+    author wrote: of decorated ones (numba's), and of those that are handed on by their names (joblib's)."""
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    given = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in called}
+    left = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (node.decorator_list or node.name in given)
+    ]
+    theirs = {id(body) for node in left for body in checkpoint.bodies(node)}
+    return [body for body in checkpoint.bodies(tree) if id(body) not in theirs]
+
+
 def _probe(statement: ast.stmt) -> ast.stmt:
+    """In another process, to which an object with methods has been pickled, it does nothing."""
     line = checkpoint.first_line(statement)
-    probe = ast.parse(f"if new[{line}]: here({line})").body[0]
+    probe = ast.parse(f"try:\n if new[{line}]: here({line})\nexcept NameError: pass").body[0]
     for node in ast.walk(probe):
         if isinstance(node, ast.Name):
-            node.id = {"new": _NEW, "here": _HERE}[node.id]
+            node.id = {"new": _NEW, "here": _HERE}.get(node.id, node.id)
         if hasattr(node, "lineno"):
             node.lineno = node.end_lineno = line  # type: ignore[attr-defined]
     return probe

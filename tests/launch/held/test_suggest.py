@@ -309,3 +309,39 @@ def test_a_file_that_stays_open_for_writing_is_left_to_each_run(hold: Callable[.
     found = suggest(pocket, "word")
     assert found["checkpoint"] == ("print(" if closed else "log =")
     assert found["looked"].startswith("its arguments" if closed else "a file that stays open for writing")
+
+
+ELSEWHERE = f"""
+import marshal, subprocess, sys, time
+def there(function, *words):
+    "What cloudpickle does for joblib: run its code in another process."
+    run = "import marshal, sys, types; types.FunctionType(marshal.load(sys.stdin.buffer), globals())(1)"
+    subprocess.run([sys.executable, "-c", run], input=marshal.dumps(function.__code__), check=True)
+def names(function):
+    return sorted(function.__code__.co_names)
+def compiled(function):
+    print(names(function), flush=True)
+    return function
+@compiled
+def decorated(n):
+    n += 1
+    return n
+def handed_on(n):
+    print("handed on", n)
+class A:
+    def method(self):
+        print("a method", self)
+{SLOW}
+there(handed_on)
+there(decorated)
+there(A.method)
+print(sys.argv[1])
+"""
+
+
+def test_functions_that_others_compile_or_run_elsewhere_are_as_they_were(hold: Callable[..., Pocket]) -> None:
+    pocket = hold(ELSEWHERE, None)
+    watched = pocket.pocketd.pocket("suggest", "--json", pocket.name, "word", check=False)
+    assert json.loads(watched.stdout)["checkpoint"] == "print(", watched.stderr
+    plain = pocket.plain("word")
+    assert plain.status == 0 and watched.stderr == plain.out.decode()
