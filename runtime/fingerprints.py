@@ -2,9 +2,9 @@
 what pickle would keep of it.
 
 Asked for in a child, since taking an object apart may change it, as loading an image does. Not looked into are what
-TensorFlow and Keras have (runtime.variables, and their warmth), generators of random numbers (runtime.seeds), threads;
-of what cannot be taken apart only plain values among its attributes count. An object that is another each time, or
-larger than there is time for, has no number.
+TensorFlow, Keras and compilers have (runtime.variables, and their warmth), generators of random numbers
+(runtime.seeds), threads; of what cannot be taken apart only plain values among its attributes count. An object that is
+another each time, or larger than there is time for, has no number.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ _ENOUGH = 5.0  # seconds, after which no other is begun
 
 _NONE = -1
 _SIZE = array("q").itemsize
-# By the first part of a module's name, and by the whole name of a class.
-_LEFT_OUT = ("tensorflow", "keras", "_thread", "threading", "weakref", "_weakref", "runtime", "nsutil", "pocketd")
+# By the first part of a module's name, and by the whole name of a class. Compiled functions are warmth.
+_LEFT_OUT = (
+    *("tensorflow", "keras", "numba", "llvmlite", "jax", "jaxlib"),
+    *("_thread", "threading", "weakref", "_weakref", "runtime", "nsutil", "pocketd"),
+)
 _RANDOM = ("random.", "numpy.random.", "torch._C.Generator")
 _ASKED: Dict[str, Callable[[Any], Any]] = {
     "sqlite3.Connection": lambda it: (it.total_changes, it.in_transaction, it.isolation_level),

@@ -28,8 +28,8 @@ def keras_backend() -> Dict[str, str]:
 class Model:
     """A model as a session calls it. Tensors arrive as numpy arrays over shared memory, 64-byte aligned.
 
-    They are the caller's memory and valid during the call only: what keeps one must copy it. Results may be nested
-    lists, tuples and dicts of plain values, numpy arrays and tensors of the framework.
+    They are the caller's memory during the call; what keeps one keeps it as it was at the end of that. Results may be
+    nested lists, tuples and dicts of plain values, numpy arrays and tensors of the framework.
     """
 
     def __init__(self, object: Any, inputs: Optional[List[Dict[str, Any]]] = None):

@@ -227,6 +227,56 @@ def _registered(keras: Any) -> Iterator[Setting]:
     yield _contents(keras.GLOBAL_CUSTOM_NAMES)
 
 
+def _pandas(config: Any) -> Iterator[Setting]:
+    def copied(held: Any) -> Any:
+        return {k: copied(v) for k, v in held.items()} if type(held) is dict else held
+
+    def put(held: Any, had: Any) -> None:
+        for key, value in had.items():
+            if type(value) is dict:
+                put(held[key], value)
+            else:
+                held[key] = value
+
+    yield lambda: copied(config._global_config), lambda value: put(config._global_config, value)
+
+
+def _sklearn(config: Any) -> Iterator[Setting]:
+    yield _contents(config._global_config)
+    yield _contents(config._get_threadlocal_config())
+
+
+def _matplotlib(matplotlib: Any) -> Iterator[Setting]:
+    params = matplotlib.rcParams  # whose own methods look at what is set
+
+    def put(value: Dict[str, Any]) -> None:
+        dict.clear(params)
+        dict.update(params, value)
+
+    yield lambda: dict(dict.items(params)), put
+
+
+def _figures(helpers: Any) -> Iterator[Setting]:
+    yield _contents(helpers.Gcf.figs)
+
+
+def _torch(torch: Any) -> Iterator[Setting]:
+    yield torch.get_default_dtype, torch.set_default_dtype
+    yield torch.is_grad_enabled, torch.set_grad_enabled
+    yield torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    yield _if_other(torch.get_num_threads, torch.set_num_threads)
+
+
+def _opencv(cv2: Any) -> Iterator[Setting]:
+    yield _if_other(cv2.getNumThreads, cv2.setNumThreads)
+    yield _if_other(cv2.useOptimized, cv2.setUseOptimized)
+
+
+def _if_other(get: Callable[[], Any], put: Callable[[Any], object]) -> Setting:
+    """Where setting it costs something."""
+    return get, lambda value: None if get() == value else put(value)
+
+
 # What gives settings of a module, where that is imported.
 _OF_MODULES: Dict[str, Callable[[Any], Iterator[Setting]]] = {
     "logging": _logging,
@@ -241,6 +291,12 @@ _OF_MODULES: Dict[str, Callable[[Any], Iterator[Setting]]] = {
     "multiprocessing.context": _processes,
     "xml.etree.ElementTree": _trees,
     "numpy": _numpy,
+    "pandas._config.config": _pandas,
+    "sklearn._config": _sklearn,
+    "matplotlib": _matplotlib,
+    "matplotlib._pylab_helpers": _figures,
+    "torch": _torch,
+    "cv2": _opencv,
     "keras.src.backend.common.global_state": _keras,
     "keras.src.saving.object_registration": _registered,
 }
