@@ -247,7 +247,9 @@ class Checkpointed(Held):
                 return None
             if outcome.status and not bare:
                 said = (outcome.out + outcome.err)[-2000:].decode(errors="replace")
-                raise rehearsal.Failed(f"the sample ended with status {outcome.status}:\n{said}")
+                raise rehearsal.Failed(
+                    f"the sample, which has nothing to read, ended with status {outcome.status}:\n{said}"
+                )
             outcomes.append(outcome)
         return rehearsal.Proof(outcomes, rehearsal.Until(self.orders["hold"]["rehearse_until"]).is_a_time)
 

@@ -1,5 +1,6 @@
-"""What a held program has taken of one moment: the time, an identity, another program's output. Each run has it as it
-was then. It is found in the text, since nothing tells when the clock is read; it is said, and no reason not to hold."""
+"""What a held program has taken of one moment: the time, an identity, numbers of no seed, another program's output.
+Each run has it as it was then. It is found in the text, since nothing tells when the clock is read; it is said, and no
+reason not to hold."""
 
 from __future__ import annotations
 
@@ -28,6 +29,17 @@ _MOMENTS = {
     *(f"subprocess.{name}" for name in ("run", "call", "check_call", "check_output", "getoutput", "Popen")),
     *(f"secrets.{name}" for name in ("token_bytes", "token_hex", "token_urlsafe", "randbits", "randbelow", "choice")),
 }
+# Drawn from generators that nobody has seeded, where no function of _SEEDS is called.
+_DRAWS = {
+    *(f"random.{name}" for name in ("random", "randint", "randrange", "getrandbits", "randbytes", "uniform", "gauss")),
+    *(f"random.{name}" for name in ("choice", "choices", "sample", "shuffle", "normalvariate")),
+    *(f"numpy.random.{name}" for name in ("rand", "randn", "randint", "random", "random_sample", "bytes", "choice")),
+    *(f"numpy.random.{name}" for name in ("permutation", "shuffle", "normal", "uniform", "standard_normal")),
+}
+_SEEDS = {
+    *("random.seed", "random.setstate", "numpy.random.seed", "numpy.random.set_state", "torch.manual_seed"),
+    *("keras.utils.set_random_seed", "tensorflow.keras.utils.set_random_seed"),
+}
 
 
 def taken(program: str, line: int, tops: Tuple[str, ...]) -> List[str]:
@@ -38,6 +50,8 @@ def taken(program: str, line: int, tops: Tuple[str, ...]) -> List[str]:
         if isinstance(path, str) and path.startswith(tops) and path.endswith(".py"):
             files.setdefault(os.path.realpath(path), math.inf)
     found: List[str] = []
+    drawn: List[str] = []
+    seeded = False
     for path, until in files.items():
         try:
             with open(path, "rb") as file:
@@ -52,9 +66,11 @@ def taken(program: str, line: int, tops: Tuple[str, ...]) -> List[str]:
                 names.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
             elif isinstance(node, ast.Call) and node.lineno < until:
                 name = _qualified(node.func, names)
-                if name in _MOMENTS:
-                    found.append(f"{path}, line {node.lineno}, calls {name}() once for all runs")
-    return found
+                seeded = seeded or name in _SEEDS
+                if name in _MOMENTS or name in _DRAWS:
+                    said = f"{path}, line {node.lineno}, calls {name}() once for all runs"
+                    (found if name in _MOMENTS else drawn).append(said)
+    return found if seeded else found + drawn
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:

@@ -134,7 +134,8 @@ class Session:
     def call(self, target: str, /, *args: Any, timeout: Optional[float] = None, **kwargs: Any) -> Any:
         """Call "module:function" of the pocket's own code in the worker and return its result.
 
-        Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors.
+        Tensors and arrays arrive there as numpy arrays in shared memory, and arrays in the result come back as tensors;
+        arrays of words are lists of them. `timeout` is the call's own: a function gets none by that name.
         Raises RemoteError for an exception there, Timeout, Cancelled, BadTensor, BadValue, WorkerDied.
         """
         return self._request({"op": "call", "target": target, "args": list(args), "kwargs": kwargs}, timeout)

@@ -29,8 +29,8 @@ class Tensor:
     """A tensor in memory that the worker maps too. Made by `Session.tensor`, or by a model as its result.
 
     It stays valid after the session has ended, as long as it or a view of it is referenced. `numpy()` and `buffer()`
-    are views: what is written there, the worker sees, and what a function of the worker's writes into its argument is
-    seen here. numpy need not be installed for anything but `numpy()` and indexing by slices.
+    are views: what is written there, the worker sees in a call, and what a function of the worker's writes into its
+    argument then is seen here. numpy need not be installed for anything but `numpy()` and indexing by slices.
     """
 
     __slots__ = ("__weakref__", "_array", "_block", "_owner", "_wire", "dtype", "nbytes", "shape")

@@ -117,6 +117,8 @@ NOTED = {
     "uuid.uuid4": ("import uuid", "run = uuid.uuid4().hex"),
     "time.perf_counter": ("from time import perf_counter", "start = perf_counter()"),
     "os.urandom": ("import os", "seed = os.urandom(8)"),
+    "random.random": ("import random", "x = random.random()"),
+    "numpy.random.rand": ("import numpy as np", "x = np.random.rand(2)"),
     "os.getpid": ("import os", "pid = os.getpid()"),
     "subprocess.check_output": ("import subprocess", "said = subprocess.check_output(['true'])"),
 }
@@ -129,6 +131,14 @@ def test_what_was_taken_of_a_moment_is_told(hold, what):
     (noted,) = pocket.warm()["noted"]
     assert noted.endswith(f"app.py, line 4, calls {what}() once for all runs")
     pocket.same()
+
+
+@pytest.mark.parametrize("seed", ["random.seed(1)", "np.random.seed(1)"])
+def test_numbers_of_a_seed_are_no_moment(hold, seed):
+    pocket = hold(
+        f"import random, numpy as np\n{seed}\nx = random.random(), np.random.rand()\n{HERE}print(1)\n", "here ="
+    )
+    assert pocket.warm()["noted"] == []
 
 
 def test_a_library_that_reads_the_whole_environment_is_told(hold):

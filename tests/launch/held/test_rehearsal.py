@@ -90,7 +90,8 @@ TRACES = {"a list in a library's object", "a generator", "an open file", "a daem
 
 
 # Where a rehearsal's trace is not looked for, since a library may keep there what it has warmed.
-HIDDEN = "import string\nkept = string.Template('')\nkept.seen = []\n"
+# Where nobody looks: pickle takes no lock apart.
+HIDDEN = "import threading\nkept = threading.Barrier(1)\nkept.seen = []\n"
 
 
 @pytest.mark.parametrize("what", CLEAN)
@@ -127,7 +128,7 @@ def test_a_trace_is_shown(hold):
 
 
 FAILS = {
-    "a status": ("sys.exit(3)", "the sample ended with status 3"),
+    "a status": ("sys.exit(3)", "the sample, which has nothing to read, ended with status 3"),
     "an error": ("{}['k']", "KeyError: 'k'"),
     "a signal": ("import os; os.kill(os.getpid(), 9)", "status -9"),
     "a socket left": ("import socket; s = socket.socket(); kept.seen.append(s)", "socket"),
@@ -171,20 +172,18 @@ def test_a_sample_that_is_kept_out_of_sight(hold, what):
 
 def test_a_run_without_arguments_shows_what_the_sample_does_not(hold):
     source = """
-    import sqlite3, sys
-    known = sqlite3.connect(":memory:")
-    known.execute("create table words (word)")
+    import sys
     here = None
     if len(sys.argv) > 1:
-        known.execute("insert into words values (?)", sys.argv[1:])
+        kept.seen.append(1)
         print("noted", *sys.argv[1:])
     else:
-        print(known.execute("select count(*) from words").fetchall())
+        print(kept.seen)
     """
-    pocket = hold(textwrap.dedent(source), "here = None", rehearse=["sample"])
+    pocket = hold(HIDDEN + textwrap.dedent(source), "here = None", rehearse=["sample"])
     facts = pocket.warm()
     assert facts["rehearsed"] is False
-    assert "a run without arguments after it" in facts["not_rehearsed"] and "[(1,)]" in facts["not_rehearsed"]
+    assert "a run without arguments after it" in facts["not_rehearsed"] and "[1]" in facts["not_rehearsed"]
     pocket.same("word")
     pocket.same()
 
