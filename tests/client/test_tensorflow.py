@@ -262,6 +262,27 @@ def test_a_variable_that_is_given_an_argument_keeps_it(tf_session: Session) -> N
         assert found == [1, 1, 2, 4]
 
 
+def test_models_keep_none_of_their_arguments(open_tensorflow: Callable[[], Session], expected: dict[str, Any]) -> None:
+    """Else each call would copy them, and map the arena once more."""
+    with open_tensorflow() as session:
+        x = session.tensor(expected["x"].shape)
+        x[:] = expected["x"]
+        row = session.tensor((1, 4))
+        row[:] = 1
+
+        def calls() -> int:
+            for model in (session.model("one"), session.model("saved")):
+                model(x)
+            session.model("one").predict(x, verbose=0)
+            for name in ("network", "relu", "Scaled"):
+                session.model(name)(row)
+            session.model("detector").detect(row)
+            return Path(f"/proc/{session.pid}/maps").read_text().count("memfd:arena")
+
+        first = calls()
+        assert [calls() for _ in range(5)] == [first] * 5 and first <= 3
+
+
 def test_a_rehearsal_changes_no_models_state(open_tensorflow: Callable[[], Session], files: Path) -> None:
     with open_tensorflow() as session:
         assert int(session.model("previous")(ones(4))["calls"]) == 1
