@@ -6,12 +6,18 @@ Writable MAP_SHARED mappings share their pages. POSIX timers, aio contexts, io_u
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import platform
 import re
+import select
 import stat
-from collections.abc import Container
+import struct
+from collections.abc import Container, Iterable
 from typing import NamedTuple
+
+from nsutil.syscalls import check, libc
 
 
 class Obstacle(NamedTuple):
@@ -20,7 +26,7 @@ class Obstacle(NamedTuple):
     fd: int | None
     range: tuple[int, int] | None  # of a mapping
     protection: int  # of a mapping: PROT_READ | PROT_WRITE | PROT_EXEC
-    remedy: str  # "reopen", "privatize", "refuse", "ignore"
+    remedy: str  # "reopen", "remake", "privatize", "refuse", "ignore"
 
     def __str__(self) -> str:
         if self.fd is not None:
@@ -32,8 +38,8 @@ class Obstacle(NamedTuple):
 
 # /proc/PID/fd's links to anonymous inodes. What is not here is refused.
 _ANONYMOUS = {
-    "[eventpoll]": ("epoll", "refuse"),
-    "[eventfd]": ("eventfd", "refuse"),
+    "[eventpoll]": ("epoll", "remake"),
+    "[eventfd]": ("eventfd", "remake"),
     "[timerfd]": ("timerfd", "refuse"),
     "inotify": ("inotify", "refuse"),
     "[io_uring]": ("io_uring", "refuse"),
@@ -65,7 +71,52 @@ def _descriptor(fd: int) -> Obstacle:
         kind = "device"
     elif link.startswith("anon_inode:"):
         kind, remedy = _ANONYMOUS.get(link[len("anon_inode:") :], (link[len("anon_inode:") :].strip("[]"), "refuse"))
+        if remedy == "remake" and not _can_be_remade(fd, kind):
+            remedy = "refuse"
     return Obstacle(kind, link, fd, None, 0, remedy)
+
+
+class _Watched(NamedTuple):
+    fd: int
+    events: int
+    data: int
+
+
+def _of_epoll(fd: int) -> list[_Watched]:
+    """What an epoll set watches. Raises OSError where a file in it is no more what its descriptor names: it stays in
+    the set while another descriptor has it, and cannot be named then. proc(5), /proc/PID/fdinfo."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        text = file.read()
+    found = []
+    for tfd, events, data, inode in re.findall(
+        r"^tfd: +(\d+) events: +([0-9a-f]+) data: +([0-9a-f]+) .*ino:([0-9a-f]+)", text, re.M
+    ):
+        if os.fstat(int(tfd)).st_ino != int(inode, 16):
+            raise OSError(errno.EBADF, f"descriptor {tfd} is another file than the one that is watched")
+        found.append(_Watched(int(tfd), int(events, 16), int(data, 16)))
+    return found
+
+
+def _of_eventfd(fd: int) -> tuple[int, int]:
+    """Its count, and its flags for eventfd(2). Raises OSError where the kernel does not say whether it is a semaphore
+    (before Linux 6.5)."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        text = file.read()
+    count, semaphore = (re.search(rf"^eventfd-{what}: +([0-9a-f]+)$", text, re.M) for what in ("count", "semaphore"))
+    if count is None or semaphore is None:
+        raise OSError(errno.ENOSYS, "the kernel does not say what kind of eventfd it is")
+    nonblocking = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+    return int(count[1], 16), os.EFD_CLOEXEC | nonblocking | (os.EFD_SEMAPHORE if semaphore[1] == "1" else 0)
+
+
+def _can_be_remade(fd: int, kind: str) -> bool:
+    if kind == "eventfd" and not hasattr(os, "eventfd"):  # Python 3.10
+        return False
+    try:
+        _of_epoll(fd) if kind == "epoll" else _of_eventfd(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _is_namespace(link: str) -> bool:
@@ -99,8 +150,9 @@ def shared_mappings() -> list[Obstacle]:
 def inspect(keep: Container[int]) -> list[Obstacle]:
     """What a fork of this process would not carry over as it is, apart from the descriptors in `keep`.
 
-    Each has a remedy: "reopen" (`reopen(fd)` in the child), "privatize" (`clone.privatize_shared_mappings()`), "refuse"
-    (nothing can be done here: name it to the program's author), "ignore" (shared, and harmless).
+    Each has a remedy: "reopen" and "remake" (`renew(fds)` in the child, before its threads are back), "privatize"
+    (`clone.privatize_shared_mappings()`), "refuse" (nothing can be done here: name it to the program's author),
+    "ignore" (shared, and harmless).
     """
     found = []
     for name in os.listdir("/proc/self/fd"):
@@ -138,14 +190,48 @@ def is_copied(obstacle: Obstacle) -> bool:
     return obstacle.name.startswith(f"/memfd:{_OWN}")
 
 
-def renew(fd: int) -> None:
-    """Give this process a regular file of its parent's for itself: one that is open for reading once more, with an
-    offset of its own; of one that is open for writing a copy, which nobody else sees. Raises OSError, see `reopen`."""
-    if not is_written(fd):
-        reopen(fd)
-        return
-    flags, position = fcntl.fcntl(fd, fcntl.F_GETFL), os.lseek(fd, 0, os.SEEK_CUR)
+def renew(fds: Iterable[int]) -> None:
+    """Give this process what it shares with its parent for itself: of files that are open for reading an offset of its
+    own, of those that are open for writing a copy, which nobody else sees; event descriptors with the same count; epoll
+    sets that watch the same. Raises OSError, see `reopen`."""
+    sets = {}
+    for fd in fds:
+        kind = _descriptor(fd).kind
+        if kind == "epoll":
+            sets[fd] = _of_epoll(fd)
+        elif kind == "eventfd":
+            count, flags = _of_eventfd(fd)
+            _put(fd, os.eventfd(0, flags))
+            if count:  # of a new one at most 32 bits can be said
+                os.eventfd_write(fd, count)
+        elif is_written(fd):
+            _copy(fd)
+        else:
+            reopen(fd)
+    for fd in sets:  # one may watch another
+        with select.epoll() as new:
+            _put(fd, os.dup(new.fileno()))
+    for fd, watched in sets.items():
+        for one in watched:
+            event = _EPOLL_EVENT.pack(one.events, one.data)
+            check(libc.epoll_ctl(fd, _EPOLL_CTL_ADD, one.fd, event), "epoll_ctl", f"descriptor {one.fd}")
+
+
+# sys/epoll.h: packed on x86-64 alone.
+_EPOLL_CTL_ADD, _EPOLL_EVENT = 1, struct.Struct("=IQ" if platform.machine() == "x86_64" else "=I4xQ")
+
+
+def _put(fd: int, new: int) -> None:
+    """Have `fd` name what `new` does, which is closed."""
     inherited = fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC == 0
+    try:
+        os.dup2(new, fd, inheritable=inherited)
+    finally:
+        os.close(new)
+
+
+def _copy(fd: int) -> None:
+    flags, position = fcntl.fcntl(fd, fcntl.F_GETFL), os.lseek(fd, 0, os.SEEK_CUR)
     new = os.memfd_create(_OWN, os.MFD_CLOEXEC)
     try:
         content, at = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), 0
@@ -156,9 +242,10 @@ def renew(fd: int) -> None:
             os.close(content)
         os.lseek(new, position, os.SEEK_SET)
         fcntl.fcntl(new, fcntl.F_SETFL, flags & (os.O_APPEND | os.O_NONBLOCK))
-        os.dup2(new, fd, inheritable=inherited)
-    finally:
+    except BaseException:
         os.close(new)
+        raise
+    _put(fd, new)
 
 
 def reopen(fd: int) -> None:

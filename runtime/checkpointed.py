@@ -83,7 +83,7 @@ class Checkpointed(Held):
         if os.path.isdir(self.program) or not self.program.endswith((".py", ".pyw")) and _is_archive(self.program):
             self.fail("a directory or an archive has no place to be held at; name the file in it that is run")
         interpreter.adopt(start, self.streams.take)
-        interpreter.tell_libraries(interface.JEMALLOC)  # that the program imports before it is held
+        interpreter.tell_libraries(interface.TOLD)  # that the program imports before it is held
         self.began_with = dict(os.environ)
         threads.hint(self.orders.get("threads"))
         alone = cold.set_by_program(self.template.runtime, self.template.begin, start)
@@ -163,6 +163,7 @@ class Checkpointed(Held):
                 self.child = True
                 os.setsid()
                 self.share()
+                clone.renew(self.open_files)
                 clone.revive()
                 self.talk.close()
                 self.rehearsing = True

@@ -75,8 +75,7 @@ def _in_a_child(found: List[Tuple[str, Any]], twice: bool) -> List[int]:
             raise rehearsal.Failed(f"the template could not fork: {e}") from None
         if child is None:
             try:
-                clone.revive()
-                _tell(found, twice, answer)
+                _tell(found, twice, answer)  # with no other thread: none is to do anything meanwhile
             finally:
                 os._exit(0)
         if not select.select([child.pidfd], [], [], _SECONDS)[0]:

@@ -326,6 +326,7 @@ class Held:
         launch = message["launch"]
         os.setsid()
         self.share()
+        clone.renew(self.open_files)
         clone.revive()
         trace.mark("its threads are back")
         if os.getpid() in avoid:
@@ -335,8 +336,6 @@ class Held:
         answers, words = self.talk, {"launch": launch}
         if message.get("slot"):
             wire.send(self.talk, {"op": "forked", "launch": launch})
-            for fd in self.open_files:
-                clone.renew(fd)
             self.prepare()
             answers, words = sock, {}
             sock = slot.wait(sock, trace)
@@ -350,9 +349,6 @@ class Held:
             if message.get("slot"):
                 answers.recv(1)  # until init knows: it tells the caller of a session how its worker ends
             os._exit(0)
-        if not message.get("slot"):
-            for fd in self.open_files:
-                clone.renew(fd)
         wire.send(answers, {"op": "taken" if message.get("slot") else "forked", **words})
         start, given = wire.receive(sock)
         trace.mark("it has its caller's start")

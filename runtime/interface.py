@@ -14,9 +14,14 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, Dict, List, Optional
 
-# jemalloc's thread for work in the background blocks all signals, so that no process with one can be forked live. The
-# copies of it in pyarrow (which pandas and lightgbm import) and polars start one at their import, unless told.
-JEMALLOC = {f"{prefix}MALLOC_CONF": "background_thread:false" for prefix in ("JE_ARROW_", "_RJEM_")}
+# What libraries do at their import unless they are told, and what no live fork can carry over: jemalloc's thread for
+# work in the background blocks all signals, and its copies in pyarrow (which pandas and lightgbm import) and polars
+# start one; onnxruntime opens a database for telemetry.
+TOLD = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "_RJEM_MALLOC_CONF": "background_thread:false",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
 
 
 def keras_backend() -> Dict[str, str]:

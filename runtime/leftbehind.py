@@ -14,8 +14,8 @@ from nsutil import clone, obstacles
 
 
 def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
-    """What cannot be carried over, "" for nothing; and the files that have to be opened again in each child. `keep`:
-    descriptors that are not looked at."""
+    """What cannot be carried over, "" for nothing; and the descriptors that are to be renewed in each child. `keep`:
+    those that are not looked at."""
     if "asyncio" in sys.modules and sys.modules["asyncio"]._get_running_loop() is not None:
         return "a running asyncio loop", ()
     settle_children()
@@ -34,7 +34,7 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
         if o.remedy == "reopen" and o.fd is not None and obstacles.is_written(o.fd) and not obstacles.is_copied(o):
             what = " (memory of a Value or Array of multiprocessing)" if "/pym-" in str(o) else ""
             refused.append(f"{o}{what}, open for writing")
-    return "; ".join(refused), tuple(o.fd for o in found if o.remedy == "reopen" and o.fd is not None)
+    return "; ".join(refused), tuple(o.fd for o in found if o.remedy in ("reopen", "remake") and o.fd is not None)
 
 
 def _open_loops() -> bool:

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
 from nsutil import clone
 from pocketd.wire import Error
@@ -99,9 +99,9 @@ def _make(runtime: Any, source: str) -> Model:
     return runtime.adopt_object(made) or Model(made)
 
 
-def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
+def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workingset.WorkingSet:
     """The pages that a worker's first call of each model makes its own, as seen in a child that makes them; none where
-    that comes to no end."""
+    that comes to no end. `reopen`: descriptors that each worker renews."""
     if not known:
         return workingset.WorkingSet()
     report = os.memfd_create("pages", os.MFD_CLOEXEC)
@@ -112,6 +112,7 @@ def pages_of_first_calls(known: Dict[str, Any]) -> workingset.WorkingSet:
             return workingset.WorkingSet()  # each launch will say why
         if child is None:
             try:
+                clone.renew(reopen)
                 clone.revive()
                 for model in known.values():
                     model.rehearse()

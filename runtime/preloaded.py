@@ -62,7 +62,7 @@ class Preloaded(Held):
 
     def pages_of_a_run(self) -> workingset.WorkingSet:
         """Of the service's models: what a session calls of the pocket's own nobody knows yet."""
-        return models.pages_of_first_calls(self.template.models)
+        return models.pages_of_first_calls(self.template.models, self.open_files)
 
     def preload(self, name: str) -> None:
         try:

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any, Dict, List, Optional
 
-from runtime.interface import JEMALLOC, CannotLoad, Model, keras_backend
+from runtime.interface import TOLD, CannotLoad, Model, keras_backend
 
 # What is preloaded is anybody's choice, so these are the prefixes of all that are commonly read at import.
 VARIABLES = (
@@ -16,7 +16,7 @@ VARIABLES = (
     "NUMBA_*", "TQDM_*", "MATPLOTLIBRC",
 )  # fmt: skip
 
-ENVIRONMENT: Dict[str, str] = JEMALLOC
+ENVIRONMENT: Dict[str, str] = TOLD
 defaults = keras_backend
 
 

@@ -88,7 +88,7 @@ def warm(template: Template) -> None:
         if refused:
             what = "; ".join(str(o) for o in refused)
             raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
-        open_files = {o.fd: o for o in obstacles if o.remedy == "reopen" and o.fd is not None}
+        open_files = {o.fd: o for o in obstacles if o.remedy in ("reopen", "remake") and o.fd is not None}
         large = [o for fd, o in open_files.items() if is_written(fd) and os.fstat(fd).st_size > LARGEST_COPY]
         if large:
             what = f"{'; '.join(map(str, large))}, open for writing and larger than {LARGEST_COPY >> 20} MiB"
@@ -106,7 +106,7 @@ def warm(template: Template) -> None:
         gc.disable()
         try_fork()
         if template.models:
-            template.pages = models.pages_of_first_calls(template.models).on_huge_pages()
+            template.pages = models.pages_of_first_calls(template.models, template.reopen).on_huge_pages()
     except BaseException as e:
         if not isinstance(e, Error):
             traceback.print_exc()

@@ -10,7 +10,7 @@ import inspect
 import os
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from runtime.interface import JEMALLOC, CannotLoad, Model, keras_backend
+from runtime.interface import TOLD, CannotLoad, Model, keras_backend
 
 # TF_CPP_* only filters log lines; a caller that differs in those is still served warm.
 VARIABLES: Tuple[str, ...] = (
@@ -20,7 +20,7 @@ VARIABLES: Tuple[str, ...] = (
 
 # oneDNN's own allocator keeps what a model's loading and rehearsal needed; the C library's can give it back, so that
 # workers do not carry it.
-ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1", **JEMALLOC}
+ENVIRONMENT = {"TF_ONEDNN_USE_SYSTEM_ALLOCATOR": "1", **TOLD}
 defaults = keras_backend
 
 

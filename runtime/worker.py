@@ -51,8 +51,7 @@ def run(
         os.close(joins[0])
         message = wire.unpack(memory.read_sealed(orders, ORDERS))
         os.close(orders)
-        for fd in template.reopen:
-            clone.renew(fd)
+        clone.renew(template.reopen)
         output = handed.pop(0) if message["mode"] in ("client", "hold") else -1
         if message["network"] == "host":
             namespaces.setns(handed.pop(), namespaces.CLONE_NEWNET)

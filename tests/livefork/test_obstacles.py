@@ -33,7 +33,7 @@ assert libc.mlock(ctypes.c_void_p(id(0) & -mmap.PAGESIZE), ctypes.c_size_t(1)) =
 found = [o for o in clone.inspect({{pipe[1]}}) if str(o) not in before]
 kinds = {{(o.kind, o.fd): o.remedy for o in found}}
 for fd, kind, remedy in [
-    (file.fileno(), "file", "reopen"), (epoll.fileno(), "epoll", "refuse"), (eventfd, "eventfd", "refuse"),
+    (file.fileno(), "file", "reopen"), (epoll.fileno(), "epoll", "remake"), (eventfd, "eventfd", "remake"),
     (inotify, "inotify", "refuse"), (timerfd, "timerfd", "refuse"), (pair[0].fileno(), "socket", "refuse"),
     (pipe[0], "pipe", "refuse"), (null, "device", "ignore"), (full, "device", "ignore"), (device, "device", "refuse"),
     (path, "directory", "ignore"), (pidfd, "pidfd", "ignore"),
@@ -88,8 +88,7 @@ assert os.read(descriptor, 4) == b"0123"
 def act():
     clone.revive()
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    for fd in (descriptor, only):
-        clone.renew(fd)
+    clone.renew((descriptor, only))
     assert fcntl.fcntl(descriptor, fcntl.F_GETFL) == flags and not os.get_inheritable(descriptor)
     os.write(only, b"x")
     found = os.read(descriptor, 100)
@@ -115,10 +114,61 @@ def act():
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     for obstacle in clone.inspect(()):
         if obstacle.remedy == "reopen":
-            clone.renew(obstacle.fd)
+            clone.renew([obstacle.fd])
     assert fcntl.fcntl(descriptor, fcntl.F_GETFL) == flags and not os.get_inheritable(descriptor)
     return os.read(descriptor, 100).decode()
 assert child_says(act) == "456789"
 assert os.read(descriptor, 100) == b"456789"
+"""
+    )
+
+
+def test_what_threads_wait_for_events_with_is_made_again(python: Python) -> None:
+    """An epoll set that watches event descriptors and another set, with a thread in epoll_wait: each child's own."""
+    python(
+        """
+import queue, select, threading
+woken, semaphore = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), os.eventfd(5, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+inner, outer = select.epoll(), select.epoll()
+inner.register(woken, select.EPOLLIN | select.EPOLLET)
+outer.register(inner.fileno(), select.EPOLLIN)
+os.set_inheritable(semaphore, True)
+seen = queue.Queue()
+def wait():
+    while True:
+        outer.poll()
+        for fd, _ in inner.poll(0):
+            seen.put((os.getpid(), fd, os.eventfd_read(fd)))
+threading.Thread(target=wait, daemon=True).start()
+os.eventfd_write(woken, 3)
+assert seen.get(timeout=30) == (os.getpid(), woken, 3)
+renewed = [o.fd for o in clone.inspect(()) if o.remedy == "remake"]
+assert sorted(renewed) == sorted([woken, semaphore, inner.fileno(), outer.fileno()])
+def act():
+    clone.renew(renewed)
+    clone.revive()
+    assert [os.eventfd_read(semaphore) for _ in range(5)] == [1] * 5
+    assert os.get_inheritable(semaphore) and not os.get_inheritable(woken)
+    os.eventfd_write(woken, 7)
+    return seen.get(timeout=30) == (os.getpid(), woken, 7)
+for _ in range(20):
+    assert child_says(act)
+assert seen.empty() and [os.eventfd_read(semaphore) for _ in range(5)] == [1] * 5
+os.eventfd_write(woken, 9)
+assert seen.get(timeout=30) == (os.getpid(), woken, 9)
+"""
+    )
+
+
+def test_a_set_that_watches_what_is_closed_cannot_be_made_again(python: Python) -> None:
+    python(
+        """
+import select
+reader, writer = os.pipe()
+epoll = select.epoll()
+epoll.register(reader, select.EPOLLIN)
+other = os.dup(reader)
+os.dup2(os.open("/dev/null", os.O_RDONLY), reader)
+assert [o.remedy for o in clone.inspect(()) if o.kind == "epoll"] == ["refuse"]
 """
     )

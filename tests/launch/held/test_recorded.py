@@ -250,11 +250,8 @@ LEFT = {
     "a pipe": ("import os\np = os.pipe()\n", "pipe"),
     "a file open for writing": ("f = open('/tmp/x', 'w')\n", "open for writing"),
     "a file open for appending": ("f = open('/tmp/x', 'a')\n", "open for writing"),
-    "epoll": ("import select\ne = select.epoll()\n", "epoll"),
-    "eventfd": ("import os\ne = os.eventfd(0)\n", "eventfd"),
     "a running child": ("import subprocess\nc = subprocess.Popen(['sleep', '600'])\n", "child processes ("),
     "a zombie": ("import os\nif os.fork() == 0: os._exit(0)\n", "child processes"),
-    "a selector": ("import selectors\ns = selectors.DefaultSelector()\n", "epoll"),
     "an event loop": ("import asyncio\nloop = asyncio.new_event_loop()\n", "an asyncio event loop"),
     "a value of multiprocessing": ("import multiprocessing\nn = multiprocessing.Value('i')\n", "a Value or Array of multiprocessing"),
     "an interval timer": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 600)\n", "timer"),
@@ -390,6 +387,45 @@ def test_libraries_are_told_to_start_no_thread_that_blocks_signals(hold):
     told = "([b'background_thread:false', b'background_thread:false'], [None, None])"
     for _ in range(2):
         assert pocket.from_held().out.decode() == f"{told} ([None, None], [None, None]) False\n"
+
+
+def test_event_descriptors_and_epoll_sets_are_each_runs_own(hold):
+    """Such as the runtime of polars waits with, in threads of its own."""
+    source = """
+    import os, queue, select, selectors, sys, threading
+    woken, chosen, seen = os.eventfd(0), selectors.DefaultSelector(), queue.Queue()
+    chosen.register(woken, selectors.EVENT_READ)
+    def wait():
+        while True:
+            for key, _ in chosen.select():
+                seen.put(os.eventfd_read(key.fd))
+    threading.Thread(target=wait, daemon=True).start()
+    os.eventfd_write(woken, 1)
+    first = seen.get()
+    def main():
+        for n, word in enumerate(sys.argv[1:], 2):
+            os.eventfd_write(woken, n)
+            print(word, first, seen.get())
+    main()
+    """
+    for rehearse in (None, ["a", "b"]):
+        pocket = hold(textwrap.dedent(source), "main()", **({"rehearse": rehearse} if rehearse else {}))
+        assert pocket.warm()["rehearsed"] is bool(rehearse)
+        for _ in range(3):
+            pocket.same("x", "y", "z")
+
+
+def test_a_program_that_imports_onnxruntime_itself(hold):
+    pytest.importorskip("onnxruntime")
+    source = """
+    import sys, onnxruntime
+    providers = onnxruntime.get_available_providers()
+    def main(): print(providers[-1], sys.argv[1:])
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["s"])
+    assert pocket.warm()["rehearsed"] is True
+    pocket.same("a")
 
 
 def test_weak_references_to_what_is_gone_are_no_obstacle(hold):
