@@ -180,7 +180,9 @@ class Checkpointed(Held):
                     return
                 if proof:
                     proofs.append((words, proof))
-            before = snapshot.Snapshot(self.recorder.tops, remainder.names(frame), self.seeds.operations)
+            before = snapshot.Snapshot(
+                self.recorder.tops, remainder.names(frame), self.seeds.operations, self.open_files
+            )
             if not before.state.whole:
                 self.recorder.noted.append(
                     f"it has made more than {state.MOST} objects: what its sample changes in others is not seen"

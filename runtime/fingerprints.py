@@ -21,12 +21,12 @@ import types
 import zlib
 from array import array
 from contextlib import suppress
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from nsutil import clone
 from runtime import rehearsal
 
-_SECONDS = 30.0  # for all
+_SECONDS = 20.0  # for all
 _BYTES = 1 << 30  # of all, each time
 _ENOUGH = 5.0  # seconds, after which no other is begun
 
@@ -47,22 +47,24 @@ _SIMPLE = (int, float, bool, complex, str, bytes, type(None))
 
 
 class Things:
-    """Objects, each with what it is called by."""
+    """Objects, each with what it is called by. `shared`: descriptors that each child renews."""
 
-    def __init__(self, found: List[Tuple[str, Any]]):
-        self._found = [(label, thing) for label, thing in found if not _is_left_out(type(thing))]
-        self._before = _in_a_child(self._found, twice=True)
+    def __init__(self, found: List[Tuple[str, Any]], shared: Sequence[int]):
+        self._shared = shared
+        found = [(label, thing) for label, thing in found if not _is_left_out(type(thing))]
+        numbers = _in_a_child(found, shared, twice=True)
+        self._known = [(*pair, number) for pair, number in zip(found, numbers) if number != _NONE]
 
     def changed(self) -> Optional[str]:
         """The first that is not as it was, in words. Raises rehearsal.Failed when no child can be made."""
-        now = _in_a_child(self._found, twice=False)
-        for (label, thing), old, new in zip(self._found, self._before, now):
-            if old != new and _NONE not in (old, new):
+        now = _in_a_child([(label, thing) for label, thing, _ in self._known], self._shared, twice=False)
+        for (label, thing, old), new in zip(self._known, now):
+            if new not in (old, _NONE):
                 return f"{label}, or what it holds, of type {_name_of(type(thing))}"
         return None
 
 
-def _in_a_child(found: List[Tuple[str, Any]], twice: bool) -> List[int]:
+def _in_a_child(found: List[Tuple[str, Any]], shared: Sequence[int], twice: bool) -> List[int]:
     """The number of each, or _NONE; with `twice` of those alone that have the same one each time."""
     if not found:
         return []
@@ -75,7 +77,9 @@ def _in_a_child(found: List[Tuple[str, Any]], twice: bool) -> List[int]:
             raise rehearsal.Failed(f"the template could not fork: {e}") from None
         if child is None:
             try:
-                _tell(found, twice, answer)  # with no other thread: none is to do anything meanwhile
+                clone.renew(shared)
+                clone.revive()  # a table may be taken apart by several threads
+                _tell(found, twice, answer)
             finally:
                 os._exit(0)
         if not select.select([child.pidfd], [], [], _SECONDS)[0]:

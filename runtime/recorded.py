@@ -19,6 +19,8 @@ from functools import partial
 from types import FrameType
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
+from runtime.interface import TOLD
+
 Identity = Tuple[int, int, int]  # of a file: mtime_ns, size, inode
 _WATCHED = 4096  # files whose state is compared at each launch; a program that reads more is refused
 _active: Optional["Recorder"] = None
@@ -556,6 +558,9 @@ def _watched(plain: Any) -> Any:
                 value = None
             if recorder is not None:
                 recorder.saw_variable(os.fsencode(key), None if value is None else os.fsencode(value))
+                if value is None and os.fsdecode(key) in TOLD:  # polars adds to what there is, and puts it here
+                    told = TOLD[os.fsdecode(key)]
+                    return told if isinstance(key, str) else os.fsencode(told)
             elif _rehearsing is not None:
                 _rehearsing.saw_in_rehearsal(os.fsencode(key), None if value is None else os.fsencode(value))
             if value is None:
@@ -565,7 +570,10 @@ def _watched(plain: Any) -> Any:
         def __setitem__(self, key: Any, value: Any) -> None:
             super().__setitem__(key, value)
             if _active is not None:
-                _active.changes[os.fsencode(key)] = os.fsencode(value)
+                said = os.fsencode(value)
+                if os.fsdecode(key) in TOLD:
+                    said = said.removesuffix(os.fsencode(f",{TOLD[os.fsdecode(key)]}"))
+                _active.changes[os.fsencode(key)] = said
             elif _rehearsing is not None:
                 _rehearsing.sets_in_rehearsal(os.fsencode(key))
 

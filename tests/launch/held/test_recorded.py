@@ -389,6 +389,27 @@ def test_libraries_are_told_to_start_no_thread_that_blocks_signals(hold):
         assert pocket.from_held().out.decode() == f"{told} ([None, None], [None, None]) False\n"
 
 
+def test_a_library_that_adds_to_what_it_was_told(hold):
+    """As polars does; in a run the variable is what it makes of it there."""
+    source = """
+    import ctypes, os, sys
+    given = os.environ.get("_RJEM_MALLOC_CONF")
+    os.environ["_RJEM_MALLOC_CONF"] = "mine" + ("," + given if given else "")
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_char_p
+    at_import = libc.getenv(b"_RJEM_MALLOC_CONF")
+    def main():
+        if "at import" in sys.argv: print(at_import)
+        print(os.environ["_RJEM_MALLOC_CONF"])
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()")
+    pocket.warm()
+    pocket.same()
+    pocket.same(env={"_RJEM_MALLOC_CONF": "theirs"}, way="root")
+    assert pocket.from_held("at import").out == b"b'mine,background_thread:false'\nmine\n"
+
+
 def test_event_descriptors_and_epoll_sets_are_each_runs_own(hold):
     """Such as the runtime of polars waits with, in threads of its own."""
     source = """
