@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -18,6 +19,7 @@ import msgpack
 import pytest
 
 from nsutil import memory, messages
+from nsutil.syscalls import SYS_SETRESUID, syscall
 from pocketd import control, wire
 from pocketd.client.handshake import Login, open_login
 from pocketd.daemon import Daemon
@@ -72,13 +74,15 @@ def daemon(own_pocketd: Any, apps: Path, monkeypatch: pytest.MonkeyPatch) -> Poc
 
 
 def connect(uid: int = 0) -> socket.socket:
-    """A connection as `uid`, which is what the kernel takes down when connect(2) is called (unix(7), SO_PEERCRED)."""
+    """A connection as `uid`, which is what the kernel takes down when connect(2) is called (unix(7), SO_PEERCRED). This
+    thread's alone: by the C library it would be that of one that serves here, too."""
     s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    os.seteuid(uid)
+    keep = ctypes.c_uint(-1)
+    syscall(SYS_SETRESUID, keep, uid, keep, call="setresuid")
     try:
         s.connect("pocketd.sock")
     finally:
-        os.seteuid(0)
+        syscall(SYS_SETRESUID, keep, 0, keep, call="setresuid")
     s.settimeout(TIMEOUT)  # not before: a full queue would be an error then (unix(7))
     return s
 
