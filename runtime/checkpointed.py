@@ -180,9 +180,7 @@ class Checkpointed(Held):
                     return
                 if proof:
                     proofs.append((words, proof))
-            before = snapshot.Snapshot(
-                self.recorder.tops, remainder.names(frame), self.seeds.operations, self.open_files
-            )
+            before = snapshot.Snapshot(self.recorder.tops, remainder.names(frame), self.seeds.operations)
             if not before.state.whole:
                 self.recorder.noted.append(
                     f"it has made more than {state.MOST} objects: what its sample changes in others is not seen"

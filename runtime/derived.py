@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import opcode
 import types
-from typing import Any, Callable, Dict, Iterator, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Set
 
 Names = Dict[str, Any]
 
@@ -16,31 +16,41 @@ _BUILT = "(built)"  # no attribute's name
 _STORE, _EXTENDED = opcode.opmap["STORE_ATTR"], opcode.opmap["EXTENDED_ARG"]
 
 
-def stored(kind: type, own: Callable[[str], bool]) -> Tuple[Set[str], Set[str]]:
-    """What functions of its library's classes, and those of the program's alone, store in its objects."""
-    theirs: Set[str] = set()
-    ours: Set[str] = set()
+class Stored(NamedTuple):
+    """Names of attributes, by whose functions store them."""
+
+    theirs: Set[str]  # the library's
+    ours: Set[str]  # the program's alone
+    building: Set[str]  # of those, its build()
+
+
+def stored(kind: type, own: Callable[[str], bool]) -> Stored:
+    """What is stored in its objects."""
+    found = Stored(set(), set(), set())
     for base in kind.__mro__:
-        into = ours if own(base.__module__) else theirs
-        for member in vars(base).values():
+        for name, member in vars(base).items():
             for code in _codes(member):
-                into.update(_names(code))
-    return theirs, ours - theirs
+                (found.ours if own(base.__module__) else found.theirs).update(_names(code))
+                if own(base.__module__) and name == "build":
+                    found.building.update(_names(code))
+    found.ours.difference_update(found.theirs)
+    return found
 
 
-def attributes(thing: Any, stored: Tuple[Set[str], Set[str]]) -> Names:
-    theirs, ours = stored
+def attributes(thing: Any, stored: Stored) -> Names:
+    theirs, ours, _ = stored
     found = {k: v for k, v in vars(thing).items() if k not in theirs and (k in ours or not k.startswith("_"))}
     return {**found, _BUILT: bool(vars(thing).get("built"))}
 
 
-def restore(thing: Any, stored: Tuple[Set[str], Set[str]], held: Names, is_warm: Callable[[Any], bool]) -> None:
+def restore(thing: Any, stored: Stored, held: Names, is_warm: Callable[[Any], bool]) -> None:
     """Put back what is not as it was, but for the library's objects that have been made since, and variables: they are
-    known to the library by now. A layer or model that has been built keeps all that its build() has made."""
+    known to the library by now. A layer or model that has been built keeps what is new, and what its build() stores."""
     now, there = attributes(thing, stored), vars(thing)
-    if now.pop(_BUILT) != held[_BUILT]:
-        return
+    built = now.pop(_BUILT) != held[_BUILT]
     for name, value in now.items():
+        if built and (name not in held or name in stored.building):
+            continue
         if held.get(name, held) is not value and not is_warm(value) and not hasattr(type(value), "assign"):
             del there[name]
     for name, value in held.items():

@@ -21,7 +21,7 @@ import types
 import zlib
 from array import array
 from contextlib import suppress
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from nsutil import clone
 from runtime import rehearsal
@@ -36,10 +36,19 @@ _SIZE = array("q").itemsize
 _LEFT_OUT = (
     *("tensorflow", "keras", "numba", "llvmlite", "jax", "jaxlib"),
     *("_thread", "threading", "weakref", "_weakref", "runtime", "nsutil", "pocketd"),
+    *("datetime", "fractions", "ipaddress", "pathlib", "re", "uuid", "zoneinfo"),  # which do not change
 )
+# What counts how often it was used, or keeps what it was asked last.
+_USED = ("sklearn.neighbors._kd_tree.", "sklearn.neighbors._ball_tree.", "pandas.core.groupby.", "joblib.parallel.")
+_FIXED = ("decimal.Decimal",)
 _RANDOM = ("random.", "numpy.random.", "torch._C.Generator")
 _ASKED: Dict[str, Callable[[Any], Any]] = {
-    "sqlite3.Connection": lambda it: (it.total_changes, it.in_transaction, it.isolation_level),
+    "sqlite3.Connection": lambda it: (
+        *(it.total_changes, it.in_transaction, it.isolation_level),
+        *(id(it.row_factory), id(it.text_factory)),
+    ),
+    "decimal.Context": lambda it: (it.prec, it.rounding, it.Emin, it.Emax, it.capitals, it.clamp, repr(it.traps)),
+    "optparse.OptionParser": lambda it: (list(map(str, it.option_list)), it.defaults, it.usage),
     "concurrent.futures.thread.ThreadPoolExecutor": lambda it: (it._shutdown, it._broken),
     "concurrent.futures.process.ProcessPoolExecutor": lambda it: it._shutdown_thread,
 }
@@ -47,25 +56,25 @@ _SIMPLE = (int, float, bool, complex, str, bytes, type(None))
 
 
 class Things:
-    """Objects, each with what it is called by. `shared`: descriptors that each child renews."""
+    """Objects, each with what it is called by."""
 
-    def __init__(self, found: List[Tuple[str, Any]], shared: Sequence[int]):
-        self._shared = shared
+    def __init__(self, found: List[Tuple[str, Any]]):
         found = [(label, thing) for label, thing in found if not _is_left_out(type(thing))]
-        numbers = _in_a_child(found, shared, twice=True)
-        self._known = [(*pair, number) for pair, number in zip(found, numbers) if number != _NONE]
+        # Two children, for what is another each time: to take an object apart may change it there.
+        numbers = zip(_in_a_child(found), _in_a_child(found))
+        self._known = [(*pair, a) for pair, (a, b) in zip(found, numbers) if a == b != _NONE]
 
     def changed(self) -> Optional[str]:
         """The first that is not as it was, in words. Raises rehearsal.Failed when no child can be made."""
-        now = _in_a_child([(label, thing) for label, thing, _ in self._known], self._shared, twice=False)
+        now = _in_a_child([(label, thing) for label, thing, _ in self._known])
         for (label, thing, old), new in zip(self._known, now):
-            if new not in (old, _NONE):
+            if new != old:
                 return f"{label}, or what it holds, of type {_name_of(type(thing))}"
         return None
 
 
-def _in_a_child(found: List[Tuple[str, Any]], shared: Sequence[int], twice: bool) -> List[int]:
-    """The number of each, or _NONE; with `twice` of those alone that have the same one each time."""
+def _in_a_child(found: List[Tuple[str, Any]]) -> List[int]:
+    """The number of each, or _NONE."""
     if not found:
         return []
     answer = os.memfd_create("fingerprints", os.MFD_CLOEXEC)
@@ -77,9 +86,11 @@ def _in_a_child(found: List[Tuple[str, Any]], shared: Sequence[int], twice: bool
             raise rehearsal.Failed(f"the template could not fork: {e}") from None
         if child is None:
             try:
-                clone.renew(shared)
+                clone.renew(
+                    [o.fd for o in clone.inspect({answer}) if o.remedy in ("reopen", "remake") and o.fd is not None]
+                )
                 clone.revive()  # a table may be taken apart by several threads
-                _tell(found, twice, answer)
+                _tell(found, answer)
             finally:
                 os._exit(0)
         if not select.select([child.pidfd], [], [], _SECONDS)[0]:
@@ -95,7 +106,7 @@ def _in_a_child(found: List[Tuple[str, Any]], shared: Sequence[int], twice: bool
         noticed()
 
 
-def _tell(found: List[Tuple[str, Any]], twice: bool, answer: int) -> None:
+def _tell(found: List[Tuple[str, Any]], answer: int) -> None:
     """Write down each number once it is known: what kills this process, or takes too long, takes the others with it."""
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
@@ -103,13 +114,11 @@ def _tell(found: List[Tuple[str, Any]], twice: bool, answer: int) -> None:
     gc.disable()  # a finalizer of the program's might run
     here: Any = types.ModuleType("(fingerprints)")  # where pickle finds it: a program does not see our modules
     here._name, _name.__module__, sys.modules[here.__name__] = _name, here.__name__, here
-    end, left = time.monotonic() + _ENOUGH * (1 if twice else 3), _BYTES
+    end, left = time.monotonic() + _ENOUGH, _BYTES
     for _, thing in found:
         number = _NONE
         if time.monotonic() < end and left > 0:
             number, size = _sum(thing, left)
-            if twice and number != _NONE and _sum(thing, left)[0] != number:
-                number = _NONE
             left -= size
         os.write(answer, array("q", [number]).tobytes())
 
@@ -178,6 +187,6 @@ def _name_of(kind: type) -> str:
 
 
 def _is_left_out(kind: type) -> bool:
-    if _name_of(kind).startswith(_RANDOM):
+    if _name_of(kind).startswith((*_RANDOM, *_USED, *_FIXED)):
         return True
     return any(base.__module__.partition(".")[0] in _LEFT_OUT for base in kind.__mro__)

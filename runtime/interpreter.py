@@ -6,6 +6,7 @@ descriptors, the environment, signal dispositions, standard streams set up for a
 
 from __future__ import annotations
 
+import _thread
 import array
 import atexit
 import builtins
@@ -25,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Callable, Collection, Dict, List, NoReturn, Optional, Set, Tuple
 
@@ -45,6 +47,8 @@ _FLAGS = [field.partition("=")[0] for field in repr(sys.flags).partition("(")[2]
 
 _BUILTINS = dict(vars(builtins))  # a program may change its own
 frozen = False  # the program was held, and what it had made by then is frozen (gc.freeze)
+_STUCK = 1.0  # seconds in which a lock is waited for at the end, where daemon threads may have it
+_FUTEX = ("202", "98")  # futex(2) on x86-64 and on aarch64
 _known = 0  # how many modules there were before the program's own
 
 
@@ -341,7 +345,7 @@ def finish(code: int, *, full: bool = False, last: Callable[[], object] = lambda
     That takes 0.1 to 0.4 s for a framework's and frees what the kernel frees anyway. last: called when nothing of the
     program's is there any more.
     """
-    if not wind_up():
+    if not wind_up(code):
         code = 120
     last()
     if full:
@@ -349,8 +353,9 @@ def finish(code: int, *, full: bool = False, last: Callable[[], object] = lambda
     os._exit(code & 0xFF)
 
 
-def wind_up() -> bool:
+def wind_up(code: int) -> bool:
     """Join threads, run atexit functions, flush, forget the program; False when a standard stream was not flushed.
+    `code`: how the process ends if that comes to no end.
 
     CPython: Py_FinalizeEx.
     """
@@ -361,13 +366,49 @@ def wind_up() -> bool:
     frames.alone(atexit._run_exitfuncs)
     builtins.__dict__.update(_BUILTINS)
     good = flush()
-    flush_files()
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    if not others or clone.stop([thread.native_id for thread in others if thread.native_id]):
-        forget_program(namespaces_of(others))  # daemon threads run no line any more then
+    if others:  # daemon threads: where Python lets go of what there is, they run no line any more
+        kept = namespaces_of(others)
+        if clone.stop([thread.native_id for thread in others if thread.native_id]):
+            watch_the_end(code if good else 120)
+            flush_files_apart()
+            forget_program(kept)
+    else:
+        flush_files()
+        forget_program()
     flush_quietly()
     libc.fflush(None)
     return good
+
+
+def watch_the_end(code: int) -> None:
+    """End this process where its main thread waits for what a stopped thread has, such as a stream's lock, and nobody
+    will give it. CPython waits a second for those (_enter_buffered_busy) and aborts."""
+    main = threading.get_native_id()
+
+    def watch() -> None:
+        wait_until(main, lambda: False, _STUCK)
+        os._exit(code & 0xFF)
+
+    with suppress(OSError, RuntimeError):  # no /proc, no room for a thread
+        state_of(main)
+        _thread.start_new_thread(watch, ())
+
+
+def state_of(tid: int) -> Tuple[str, ...]:
+    """What a thread of this process waits in, and how often it has begun to wait. proc(5)."""
+    with open(f"/proc/self/task/{tid}/syscall") as at, open(f"/proc/self/task/{tid}/status") as status:
+        return at.read(), *(line for line in status if "ctxt_switches" in line)
+
+
+def wait_until(tid: int, done: Callable[[], bool], seconds: float) -> None:
+    """Until that, or until the thread has waited in one futex(2) for so many seconds."""
+    before, since = state_of(tid), time.monotonic()
+    while not done() and time.monotonic() - since < seconds:
+        time.sleep(0.01)
+        now = state_of(tid)
+        if now != before or now[0].partition(" ")[0] not in _FUTEX:
+            before, since = now, time.monotonic()
 
 
 def namespaces_of(threads: List[threading.Thread]) -> Set[int]:
@@ -393,7 +434,7 @@ def forget_program(kept: Collection[int] = ()) -> None:
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, f"__{name}__"))
     names = list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - _known)))
-    gone = [sys.modules.pop(name, None) for name in (*names, "__main__")]
+    gone = [sys.modules.pop(name, None) for name in ("__main__", *names)]
     if frozen:  # no collection finds what was there before
         for module in gone:
             if id(getattr(module, "__dict__", None)) not in kept:
@@ -410,20 +451,51 @@ def clear(namespace: Dict[str, Any]) -> None:
                 namespace[name] = None
 
 
-def flush_files() -> None:
-    """Write what open files hold. Text comes first, as its bytes go to a binary file."""
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-    streams = [o for o in gc.get_objects() if type(o) in kinds]
-    for stream in sorted(streams, key=lambda stream: kinds.index(type(stream))):
+def flush_files_apart() -> None:
+    """In threads of their own, where stopped ones may have a file's lock: those that wait for one are left, and
+    that file with them."""
+    streams = open_files()
+    while streams:
+        ended: List[bool] = []
+        known: List[int] = []
+
+        def work(ended: List[bool] = ended, known: List[int] = known) -> None:
+            known.append(threading.get_native_id())
+            while streams:
+                flush_file(streams.pop(0))
+            ended.append(True)
+
         try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass  # closed, or nobody takes it
+            _thread.start_new_thread(work, ())
+            while not known:
+                time.sleep(0.001)
+            wait_until(known[0], lambda ended=ended: bool(ended), _STUCK / 4)  # type: ignore[misc]
+        except (OSError, RuntimeError):  # it has just ended; there is no room for a thread
+            return
+
+
+def flush_files() -> None:
+    """Write what open files hold."""
+    for stream in open_files():
+        flush_file(stream)
+
+
+def open_files() -> List[Any]:
+    """Text comes first, as its bytes go to a binary file."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    return sorted((o for o in gc.get_objects() if type(o) in kinds), key=lambda stream: kinds.index(type(stream)))
+
+
+def flush_file(stream: Any) -> None:
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        pass  # closed, or nobody takes it
 
 
 def finish_by(number: int) -> NoReturn:
     """End as `python PROGRAM` does after an uncaught KeyboardInterrupt: in good order, then by the signal itself."""
-    wind_up()
+    wind_up(128 + number)
     die_by(number)
 
 

@@ -13,22 +13,21 @@ import signal
 import sys
 import warnings
 import weakref
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from runtime import carried, fingerprints, seeds, settings, state
 
 
 class Snapshot:
     """What a rehearsal may change and what is put back after it. `tops`: where the program's own files are; `local`:
-    names of the function that it stands in; `drawn`: how many operations of TensorFlow it has given a seed so far;
-    `shared`: descriptors that each child renews."""
+    names of the function that it stands in; `drawn`: how many operations of TensorFlow it has given a seed so far."""
 
-    def __init__(self, tops: Tuple[str, ...], local: Mapping[str, Any], drawn: int, shared: Sequence[int]):
+    def __init__(self, tops: Tuple[str, ...], local: Mapping[str, Any], drawn: int):
         self.tops = tops
         self.names = {name: dict(vars(module)) for name, module in self._own()}
         self.own = frozenset((*self.names, "__main__"))
         self.state = state.State(self.own.__contains__, [*self.names.items(), ("", dict(local))])
-        self.others = fingerprints.Things(self.state.others, shared)
+        self.others = fingerprints.Things(self.state.others)
         self.settings = settings.Settings()
         self.drawn = drawn
         self.operations = seeds.Seeds()

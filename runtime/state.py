@@ -94,10 +94,15 @@ class State:
                 yield from self._keep(label, thing, _CLASS).values()
         elif issubclass(kind, _array_type()):
             yield from self._take_array(label, thing)
+            if hasattr(thing, "__dict__"):
+                yield from self._keep(label, thing, _ATTRIBUTES).values()
         else:
             yield from self._take_object(label, thing)
 
     def _take_object(self, label: str, thing: Any) -> Iterator[Any]:
+        if any(base.__module__ == "_ctypes" for base in type(thing).__mro__):
+            self._keep(label, thing, _OF_C)
+            return
         for base, piece in _CONTAINERS.items():
             if issubclass(type(thing), base) and (type(thing) in _CONTAINERS or self._is_plain(type(thing))):
                 if base in _BYTES:
@@ -125,6 +130,8 @@ class State:
             yield from self._keep(label, thing, _WRAPPERS[type(thing).__name__])
         elif _place(thing) is not None:
             self._keep(label, thing, _ITERATOR)
+        elif type(thing) is memoryview:
+            yield thing.obj
         elif type(thing).__module__ != "builtins":
             self.others.append((label, thing))
 
@@ -399,6 +406,7 @@ _MODULE = _Kind(lambda thing: dict(thing.__dict__), identical, _put_attributes)
 _CACHE = _Kind(lambda thing: thing.cache_info().currsize, operator.eq, _clear_cache)
 _OBJECT_ARRAY = _Kind(lambda thing: list(thing.flat), _identical, _put_objects)
 _SLOTS = _Kind(_look_slots, identical, _put_slots)
+_OF_C = _Kind(bytes, operator.eq)  # there may be pointers in it
 _ITERATOR = _Kind(_place, operator.eq)
 _ARRAY = _Kind(lambda thing: thing.copy(), lambda a, b: a.tobytes() == b.tobytes(), _put_array)
 _LARGE = _Kind(_identities, operator.eq)

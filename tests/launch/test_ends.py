@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 
 import pytest
 
@@ -127,6 +128,36 @@ def test_files_left_open_and_finalizers_beside_daemon_threads(both, what):
     expected = run(both.plain)
     for _ in range(5):
         assert run(both.pocket) == expected
+
+
+STREAMS = {
+    "prints all the time": """
+        def loop():
+            while True: print("", end="", flush=True)
+    """,
+    "writes into a pipe that is full": """
+        import os
+        f = os.fdopen(os.pipe()[1], "w")
+        def loop():
+            while True: f.write("line\\n")
+    """,
+}
+
+
+@pytest.mark.parametrize("what", STREAMS)
+def test_an_end_beside_a_daemon_thread_that_has_a_streams_lock(both, what):
+    """It was stopped with that, and nobody gives it any more."""
+    source = textwrap.dedent(STREAMS[what]) + textwrap.dedent("""
+        import sys, threading, time
+        threading.Thread(target=loop, daemon=True).start()
+        time.sleep(0.05)
+        print("end")
+        sys.exit(3)
+    """)
+    both.write("app.py", source)
+    for _ in range(8):
+        ended = both.pocket("app.py")
+        assert (ended.status, ended.out) == (3, b"end\n")
 
 
 def test_what_a_daemon_threads_function_has_as_globals_lives_on(both):

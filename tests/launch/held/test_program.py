@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -479,3 +480,21 @@ def test_what_is_mounted_beneath_scratch_is_kept(hold, tmp_path, rehearse):
         assert wait_for(lambda: "theirs" not in os.listdir(tmp))
     for place, name in zip(places, written, strict=True):
         assert {*os.listdir(place)} == {name, "0", "1", "2"}
+
+
+def test_a_finalizer_that_needs_other_modules_at_the_end(hold):
+    """What the program itself holds goes first, while the modules that it imports are whole."""
+    source = """
+    import multiprocessing.pool, sys, time
+    def main():
+        pool = multiprocessing.pool.ThreadPool(3)
+        global kept
+        kept = pool, pool.map_async(lambda i: time.sleep(30) if i == 9 else i, range(10))
+        time.sleep(0.1)
+        print(sys.argv[1:])
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()")
+    pocket.warm()
+    for _ in range(3):
+        pocket.same("a")

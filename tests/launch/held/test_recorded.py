@@ -384,7 +384,7 @@ def test_libraries_are_told_to_start_no_thread_that_blocks_signals(hold):
     """
     pocket = hold(textwrap.dedent(source), "main()")
     pocket.warm()
-    told = "([b'background_thread:false', b'background_thread:false'], [None, None])"
+    told = "([b'background_thread:false', b'background_thread:false'], ['background_thread:false', 'background_thread:false'])"
     for _ in range(2):
         assert pocket.from_held().out.decode() == f"{told} ([None, None], [None, None]) False\n"
 

@@ -11,6 +11,10 @@ import pytest
 # What each job does to what is there by the checkpoint, and what a run says of it that is asked to.
 CHANGES = {
     "a list": ("it = [1]", "it.append(2)", "it"),
+    "bytes by a view": ("it = memoryview(bytearray(3))", "it[0] = 3", "bytes(it)"),
+    "an attribute of an array of its own kind": (
+        "import numpy as np\nclass A(np.ndarray): pass\nit = np.zeros(3).view(A); it.x = 1", "it.x = 2; it.y = 3", "vars(it)"
+    ),
     "a list in a list": ("it = [[1], []]", "it[1].append(it[0]); it[0] += [3]", "it"),
     "a dict": ("it = {'a': 1}", "it['a'] += 1; it['b'] = 2; del it['a']", "it"),
     "a set": ("it = {1, 2}", "it.add(3); it.discard(1)", "sorted(it)"),
@@ -168,6 +172,13 @@ LIBRARIES = {  # what is made before the checkpoint, what changes it, what only 
         "from PIL import ImageFont\nclass A(ImageFont.TransposedFont): pass\nit = A(None)",
         "it.orientation = 7", "it.orientation", "__main__.A",
     ),
+    "numbers of C": (
+        "import ctypes; it = (ctypes.c_int * 3)()", "it[0] = 3", "list(it)", "c_int_Array_3",
+    ),
+    "how a database gives rows": (
+        "import sqlite3; it = sqlite3.connect(':memory:')",
+        "it.row_factory = sqlite3.Row", "it.execute('select 1').fetchone()", "Connection",
+    ),
     "a session's headers": (
         "import requests; it = requests.Session()", "it.headers['x'] = 'y'", "it.headers.get('x')", "Session",
     ),
@@ -191,6 +202,50 @@ def test_a_librarys_object_that_the_sample_changes_is_named(hold, what):
     facts = pocket.warm()
     assert facts["rehearsed"] is True, facts["not_rehearsed"]
     pocket.same("use")
+
+
+USED = {
+    "a context of decimal": (
+        "import decimal; it = decimal.Context(prec=3)",
+        "it.divide(decimal.Decimal(1), decimal.Decimal(3))",
+    ),
+    "a parser": (
+        "import optparse; it = optparse.OptionParser(); it.add_option('-x')",
+        "it.parse_args(['-x', '1', 'y'])[1]",
+    ),
+    "a hundred thousand dates": ("import datetime; it = [datetime.date(2000, 1, 1)] * 100_000", "it[5].year"),
+}
+
+
+@pytest.mark.parametrize("what", USED)
+def test_what_is_used_alone_stays(hold, what):
+    before, use = USED[what]
+    pocket = hold(
+        f"import sys\n{before}\ndef main():\n    print({use}, sys.argv[1:])\nmain()\n", "main()", rehearse=["s"]
+    )
+    facts = pocket.warm()
+    assert facts["rehearsed"] is True, facts["not_rehearsed"]
+    pocket.same("a")
+
+
+def test_an_object_that_pickling_changes(hold):
+    """As matplotlib's figures are, whose callbacks are counted by it."""
+    pytest.importorskip("matplotlib")
+    source = """
+    import sys, matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots()
+    def main():
+        if "title" in sys.argv: axes.set_title("x")
+        if len(sys.argv) < 2: sys.exit(3)
+        print(repr(axes.get_title()))
+    main()
+    """
+    pocket = hold(textwrap.dedent(source), "main()", rehearse=["title"])
+    facts = pocket.warm()
+    assert facts["rehearsed"] is False and "Figure" in facts["not_rehearsed"] or "Axes" in facts["not_rehearsed"], facts
+    assert pocket.from_held("other").out == b"''\n"
 
 
 def test_generators_of_random_numbers_are_no_such_objects(hold):
@@ -369,6 +424,7 @@ def main():
         if word == "module": print(module.say(2.0))
         if word == "words": module.words.append(word)
         if word == "factor": layer.factor = 2; layer.late = 1
+        if word == "both": layer.factor = 5; print(layer.say(rows))
     if not sys.argv[1:]:
         print("nothing to do")
     if sys.argv[1:] == ["calls"]:
@@ -388,10 +444,12 @@ def test_what_a_program_keeps_in_objects_of_a_librarys_kind_is_put_back(hold, sa
 
 
 def test_what_such_objects_are_built_with_stays(hold):
-    pocket = hold(DERIVED.format(built=""), "main()", rehearse=["layer"], service="tensorflow")
+    """And all else is put back."""
+    pocket = hold(DERIVED.format(built=""), "main()", rehearse=["both"], service="tensorflow")
     facts = pocket.warm()
     assert facts["rehearsed"] is True, facts
     assert pocket.from_held("layer", "module", "layer").out == pocket.plain("layer", "module", "layer").out
+    assert pocket.from_held("calls").out == pocket.plain("calls").out
 
 
 def test_a_list_that_tensorflow_has_wrapped_is_named(hold):
