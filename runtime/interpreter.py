@@ -369,9 +369,11 @@ def wind_up(code: int) -> bool:
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     if others:  # daemon threads: where Python lets go of what there is, they run no line any more
         kept = namespaces_of(others)
-        if clone.stop([thread.native_id for thread in others if thread.native_id]):
+        stopped = clone.stop([thread.native_id for thread in others if thread.native_id])
+        if stopped:
             watch_the_end(code if good else 120)
-            flush_files_apart()
+        flush_files_apart()
+        if stopped:  # else one computes, and may hold an allocator's lock
             forget_program(kept)
     else:
         flush_files()

@@ -160,6 +160,22 @@ def test_an_end_beside_a_daemon_thread_that_has_a_streams_lock(both, what):
         assert (ended.status, ended.out) == (3, b"end\n")
 
 
+def test_a_file_left_open_beside_a_daemon_thread_that_cannot_be_stopped(both):
+    both.write(
+        "app.py",
+        """if True:
+        import functools, hashlib, threading, time
+        compute = functools.partial(hashlib.pbkdf2_hmac, "sha256", b"x", b"y", 10**9)
+        threading.Thread(target=compute, daemon=True).start()
+        time.sleep(0.05)
+        f = open("out", "w"); f.write("kept")
+        print("end")
+    """,
+    )
+    assert both.pocket("app.py").out == b"end\n"
+    assert (both.place / "out").read_text() == "kept"
+
+
 def test_what_a_daemon_threads_function_has_as_globals_lives_on(both):
     both.same_program("""
         import threading, time
