@@ -163,6 +163,9 @@ class _Pickler(pickle.Pickler):
             return _name, (getattr(thing, "__module__", ""), getattr(thing, "__qualname__", ""))
         if _is_left_out(kind):
             return _name, (_name_of(kind),)
+        torch = sys.modules.get("torch")
+        if torch and isinstance(thing, torch.Tensor):
+            return _name, (_name_of(kind), *_of_torch(torch, thing))
         ask = _ASKED.get(_name_of(kind))
         if ask:
             return _name, (_name_of(kind), ask(thing))
@@ -173,6 +176,13 @@ class _Pickler(pickle.Pickler):
             plain = {k: v for k, v in getattr(thing, "__dict__", {}).items() if type(v) in _SIMPLE}
             return _name, (_name_of(kind), plain)
         return (_name, (reduced,)) if isinstance(reduced, str) else reduced
+
+
+def _of_torch(torch: Any, tensor: Any) -> Tuple[Any, ...]:
+    """What makes it, its memory not copied: pickle would have it written by torch.save, in memory and twice."""
+    plain = tensor.detach()
+    content = plain.cpu().reshape(-1).view(torch.uint8).numpy() if plain.layout == torch.strided else None
+    return str(tensor.dtype), tuple(tensor.shape), tensor.requires_grad, tensor.grad, content
 
 
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType, types.CodeType)
