@@ -13,7 +13,7 @@ import asyncio
 import os
 import socket
 from contextlib import suppress
-from typing import Any, Callable, Dict, Generator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Generator, List, Optional, Sequence, SupportsIndex, Tuple
 
 from nsutil import messages
 from nsutil.messages import MessageError
@@ -134,7 +134,7 @@ class Session:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
         return Model(self, await self._request({"op": "load", "path": path}, timeout))
 
-    def tensor(self, shape: Sequence[int], dtype: Any = "float32") -> Tensor:
+    def tensor(self, shape: Sequence[SupportsIndex], dtype: Any = "float32") -> Tensor:
         """A new tensor in shared memory, 64-byte aligned, its contents undefined. `dtype` is a name, or what numpy
         takes. Raises BadTensor."""
         return self._core.tensor(shape, dtype)

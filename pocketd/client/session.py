@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
-from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Optional, Sequence, SupportsIndex, Tuple
 
 from nsutil import messages
 from nsutil.messages import MessageError
@@ -125,7 +125,7 @@ class Session:
         """Load a model from a file of the pocket, in this session's worker. Raises UnknownModel, RemoteError."""
         return Model(self, self._request({"op": "load", "path": path}, timeout))
 
-    def tensor(self, shape: Sequence[int], dtype: Any = "float32") -> Tensor:
+    def tensor(self, shape: Sequence[SupportsIndex], dtype: Any = "float32") -> Tensor:
         """A new tensor in shared memory, 64-byte aligned, its contents undefined. `dtype` is a name, or what numpy
         takes. Raises BadTensor."""
         with self._lock:
