@@ -20,12 +20,14 @@ import ctypes
 import errno
 import os
 import resource
+import select
 import signal
 import struct
 import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from nsutil.library import load
@@ -35,6 +37,7 @@ __all__ = [
     "Child",
     "CloneError",
     "Obstacle",
+    "attempt",
     "fork",
     "free_pid",
     "inspect",
@@ -287,6 +290,17 @@ def revive(timeout: float = 5.0) -> int:
         for thread in others:
             thread._native_id = new.get(thread.native_id, thread.native_id)  # type: ignore[attr-defined]
     return count
+
+
+def attempt() -> None:
+    """Whether this process can be forked live shows now: in a child that ends at once. Raises CloneError."""
+    child = live_fork()
+    if child is None:
+        os._exit(0)
+    select.select([child.pidfd], [], [])
+    with suppress(ChildProcessError):  # a thread of the program, or a handler, has waited for it
+        os.waitpid(child.pid, 0)
+    os.close(child.pidfd)
 
 
 def stop(threads: Sequence[int], timeout: float = 0.5) -> bool:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import gc
 import os
-import select
 import signal
 import socket
 import time
-from contextlib import suppress
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
 from nsutil import clone, memory
@@ -229,15 +227,9 @@ class Held:
         """Whether it can be forked shows now, not in each run."""
         noticed = rehearsal.unnoticed()
         try:
-            child = clone.live_fork()
+            clone.attempt()
         except clone.CloneError as e:
             self.fail(f"{self.words.at} {self.words.who} cannot be forked: {e.strerror}")
-        if child is None:
-            os._exit(0)
-        select.select([child.pidfd], [], [])
-        with suppress(ChildProcessError):  # a thread of its program has
-            os.waitpid(child.pid, 0)
-        os.close(child.pidfd)
         noticed()
 
     def say_ready(self, privatized: List[str]) -> None:

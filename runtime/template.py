@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import gc
 import os
-import select
 import socket
 import time
 import traceback
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
@@ -104,7 +102,7 @@ def warm(template: Template) -> None:
             memory.collapse()  # a warmer one shares these pages, and would have them twice
         gc.freeze()
         gc.disable()
-        try_fork()
+        clone.attempt()  # else each launch would say why not
         if template.models:
             template.pages = models.pages_of_first_calls(template.models, template.reopen).on_huge_pages()
     except BaseException as e:
@@ -124,17 +122,6 @@ def warm(template: Template) -> None:
         [seen],
     )
     os.close(seen)
-
-
-def try_fork() -> None:
-    """Whether it can be forked shows now, and not in each launch. Raises CloneError."""
-    child = clone.live_fork()
-    if child is None:
-        os._exit(0)
-    select.select([child.pidfd], [], [])
-    with suppress(ChildProcessError):  # a handler of what was imported has waited for it
-        os.waitpid(child.pid, 0)
-    os.close(child.pidfd)
 
 
 def serve(template: Template) -> Optional[Template]:
