@@ -217,8 +217,9 @@ class Session:
                 arena, handle, array = self._lent.pop()
                 if sys.getrefcount(array) > _ALONE:
                     place = handle.offset, handle.offset + array.nbytes
-                    arena.own(*(tensors.extent(handle) if handle.strides else place))
+                    # First the other place: without, later calls would see pages that nobody else writes to.
                     (self._theirs if arena.id % 2 == CLIENT_PARITY else self._heap).renew(arena)
+                    arena.own(*(tensors.extent(handle) if handle.strides else place))
             return reply
         except OSError as e:
             self._lent = []
