@@ -480,7 +480,7 @@ static int park(int64_t deadline, int quiet, struct livefork_failure *f) {
         }
         break;
     }
-    if (quiet || needs_quiet()) {
+    if (quiet) {
         struct parked *p = atomic_load(&table);
         for (uint32_t i = 0; i < used; i++)
             if (atomic_load(&p[i].phase) && !p[i].quiet) {
@@ -619,7 +619,7 @@ long livefork_fork(struct livefork_request *q, struct livefork_failure *f) {
     raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&every_signal, (long)&caller_mask, KERNEL_SIGSET, 0, 0);
     note_thread(&caller);
     if (q->hold_ns > 0) doze(q->hold_ns);
-    if (park(deadline, q->quiet, f)) {
+    if (park(deadline, q->quiet || needs_quiet(), f)) {
         raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&caller_mask, 0, KERNEL_SIGSET, 0, 0);
         return -1;
     }

@@ -6,6 +6,8 @@ Writable MAP_SHARED mappings share their pages. POSIX timers, aio contexts, io_u
 
 from __future__ import annotations
 
+import array
+import ctypes
 import errno
 import fcntl
 import os
@@ -14,7 +16,8 @@ import re
 import select
 import stat
 import struct
-from collections.abc import Container, Iterable
+import termios
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 from nsutil.syscalls import check, libc
@@ -34,6 +37,23 @@ class Obstacle(NamedTuple):
         if self.range is not None:
             return f"mapping {self.range[0]:x}-{self.range[1]:x} ({self.kind}: {self.name})"
         return f"{self.kind}: {self.name}"
+
+
+def named(obstacles: Iterable[Obstacle]) -> str:
+    """All of them, once each file: a device's context has many descriptors and mappings of it."""
+    same: dict[tuple[str, str], list[Obstacle]] = {}
+    for o in obstacles:
+        same.setdefault((o.kind, o.name), []).append(o)
+    said = []
+    for (kind, name), those in same.items():
+        fds, maps = [str(o.fd) for o in those if o.fd is not None], sum(o.range is not None for o in those)
+        if len(those) == 1 or not fds and not maps:
+            said.append(str(those[0]))
+            continue
+        count = [f"descriptor{'s' * (len(fds) > 1)} {', '.join(fds[:4])}{', ...' * (len(fds) > 4)}"] * bool(fds)
+        count += [f"{maps} mapping{'s' * (maps > 1)}"] * bool(maps)
+        said.append(f"{' and '.join(count)} ({kind}: {name})")
+    return "; ".join(said)
 
 
 # /proc/PID/fd's links to anonymous inodes. What is not here is refused.
@@ -119,6 +139,23 @@ def _can_be_remade(fd: int, kind: str) -> bool:
     return True
 
 
+def _with_own_pipes(found: list[Obstacle]) -> list[Obstacle]:
+    """The same, but that pipes of which this process has both ends can be remade: with one a thread wakes another."""
+    ends: dict[str, dict[int, set[int]]] = {}
+    for o in found:
+        if o.kind == "pipe" and o.fd is not None:
+            flags = fcntl.fcntl(o.fd, fcntl.F_GETFL)
+            ends.setdefault(o.name, {}).setdefault(flags & os.O_ACCMODE, set()).add(flags)
+    own = {
+        name
+        for name, flags in ends.items()
+        if name.startswith("pipe:")
+        and set(flags) == {os.O_RDONLY, os.O_WRONLY}
+        and all(len(f) == 1 for f in flags.values())
+    }  # where one end has two sets of flags, it was opened twice
+    return [o._replace(remedy="remake") if o.kind == "pipe" and o.name in own else o for o in found]
+
+
 def _is_namespace(link: str) -> bool:
     return re.fullmatch(r"[a-z_]+:\[\d+\]", link) is not None
 
@@ -163,7 +200,7 @@ def inspect(keep: Container[int]) -> list[Obstacle]:
             found.append(_descriptor(fd))
         except OSError:
             pass  # the listing's own descriptor, closed since
-    found += shared_mappings()
+    found = _with_own_pipes(found) + shared_mappings()
     try:
         with open("/proc/self/timers") as file:  # needs CONFIG_CHECKPOINT_RESTORE
             timers = re.findall(r"^ID: (\d+)$", file.read(), re.MULTILINE)
@@ -192,13 +229,16 @@ def is_copied(obstacle: Obstacle) -> bool:
 
 def renew(fds: Iterable[int]) -> None:
     """Give this process what it shares with its parent for itself: of files that are open for reading an offset of its
-    own, of those that are open for writing a copy, which nobody else sees; event descriptors with the same count; epoll
-    sets that watch the same. Raises OSError, see `reopen`."""
-    sets = {}
+    own, of those that are open for writing a copy, which nobody else sees; event descriptors with the same count; pipes
+    with the same in them; epoll sets that watch the same. Raises OSError, see `reopen`."""
+    sets: dict[int, list[_Watched]] = {}
+    pipes: dict[str, list[int]] = {}
     for fd in fds:
         kind = _descriptor(fd).kind
         if kind == "epoll":
             sets[fd] = _of_epoll(fd)
+        elif kind == "pipe":
+            pipes.setdefault(os.readlink(f"/proc/self/fd/{fd}"), []).append(fd)
         elif kind == "eventfd":
             count, flags = _of_eventfd(fd)
             _put(fd, os.eventfd(0, flags))
@@ -208,6 +248,8 @@ def renew(fds: Iterable[int]) -> None:
             _copy(fd)
         else:
             reopen(fd)
+    for ends in pipes.values():
+        _remake_pipe(ends)
     for fd in sets:  # one may watch another
         with select.epoll() as new:
             _put(fd, os.dup(new.fileno()))
@@ -228,6 +270,31 @@ def _put(fd: int, new: int) -> None:
         os.dup2(new, fd, inheritable=inherited)
     finally:
         os.close(new)
+
+
+_TEE_NONBLOCK, _SETPIPE_SZ, _GETPIPE_SZ = 2, 1031, 1032  # SPLICE_F_NONBLOCK and F_*, bits/fcntl-linux.h
+
+
+def _remake_pipe(ends: Sequence[int]) -> None:
+    """Put a new pipe in the place of one whose descriptors these are. Its bytes stay in the old one too (tee(2))."""
+    flags = {fd: fcntl.fcntl(fd, fcntl.F_GETFL) for fd in ends}
+    old = next(fd for fd in ends if flags[fd] & os.O_ACCMODE == os.O_RDONLY)
+    new = dict(zip((os.O_RDONLY, os.O_WRONLY), os.pipe()))
+    try:
+        size = fcntl.fcntl(old, _GETPIPE_SZ)
+        if size != fcntl.fcntl(new[os.O_RDONLY], _GETPIPE_SZ):
+            fcntl.fcntl(new[os.O_RDONLY], _SETPIPE_SZ, size)
+        held = array.array("i", [0])
+        fcntl.ioctl(old, termios.FIONREAD, held)
+        if held[0]:
+            check(libc.tee(old, new[os.O_WRONLY], ctypes.c_size_t(held[0]), _TEE_NONBLOCK), "tee", f"descriptor {old}")
+        for fd in ends:
+            end = new[flags[fd] & os.O_ACCMODE]
+            fcntl.fcntl(end, fcntl.F_SETFL, flags[fd] & (os.O_NONBLOCK | os.O_DIRECT))
+            _put(fd, os.dup(end))
+    finally:
+        for end in new.values():
+            os.close(end)
 
 
 def _copy(fd: int) -> None:

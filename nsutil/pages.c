@@ -4,8 +4,8 @@
  * proc_pid_maps(5).
  */
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -64,6 +64,18 @@ static void write_all(int fd, const void *data, size_t size) {
     }
 }
 
+/* Not by sscanf, whose symbol of glibc 2.38 those before it lack. */
+static const char *number(const char *at, uint64_t *value) {
+    *value = 0;
+    for (; isxdigit((unsigned char)*at); at++) *value = *value << 4 | (uint64_t)(*at <= '9' ? *at - '0' : (*at | 32) - 'a' + 10);
+    return *at ? at + 1 : at;
+}
+
+static const char *next_field(const char *at) {
+    at += strcspn(at, " ");
+    return at + strspn(at, " ");
+}
+
 /* Write what is found to `fd`: how many ranges are its own, how many are mapped of files, and both, each a beginning
  * and an end, in the order of addresses; all unsigned, of 64 bits. Nothing where it cannot be seen. */
 void pages_note(int fd) {
@@ -75,13 +87,12 @@ void pages_note(int fd) {
     if (found && pagemap >= 0 && maps) {
         while (getline(&line, &room, maps) > 0) {
             uint64_t begin, end;
-            char rights[5];
-            int name = 0;
-            if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %*s %*s %*s %n", &begin, &end, rights, &name) < 3) continue;
-            bool of_kernel = name && !strncmp(line + name, "[v", 2); /* vdso, vvar, vsyscall */
+            const char *rights = number(number(line, &begin), &end), *name = rights; /* 7f00-7f80 rw-p 00000000 08:01 12  /usr/... */
+            for (int field = 0; field < 4; field++) name = next_field(name);
+            bool of_kernel = !strncmp(name, "[v", 2); /* vdso, vvar, vsyscall */
             bool writable = rights[1] == 'w';
             if (of_kernel || end - begin > LARGEST || rights[3] != 'p' || (!writable && rights[0] != 'r')) continue;
-            if (writable || (name && line[name] == '/')) look(pagemap, begin, end, writable, &found[0], &found[1]);
+            if (writable || *name == '/') look(pagemap, begin, end, writable, &found[0], &found[1]);
         }
         uint64_t counts[2] = {found[0].count, found[1].count};
         write_all(fd, counts, sizeof counts);

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from nsutil import arenas, clone, memory, namespaces, privileges
 from nsutil.messages import Fds, MessageError
-from nsutil.obstacles import LARGEST_COPY, is_written
+from nsutil.obstacles import LARGEST_COPY, is_written, named
 from pocketd import wire
 from pocketd.wire import Error, Message
 from runtime import cold, confinement, imported, interpreter, models, randomness, runtimes, threads, worker, workingset
@@ -84,12 +84,11 @@ def warm(template: Template) -> None:
         obstacles = clone.inspect({0, 1, 2, template.talk.fileno()})
         refused = [o for o in obstacles if o.remedy == "refuse"]
         if refused:
-            what = "; ".join(str(o) for o in refused)
-            raise Error("template", f"what was loaded holds something that a fork cannot carry over: {what}")
+            raise Error("template", f"what was loaded holds something that a fork cannot carry over: {named(refused)}")
         open_files = {o.fd: o for o in obstacles if o.remedy in ("reopen", "remake") and o.fd is not None}
         large = [o for fd, o in open_files.items() if is_written(fd) and os.fstat(fd).st_size > LARGEST_COPY]
         if large:
-            what = f"{'; '.join(map(str, large))}, open for writing and larger than {LARGEST_COPY >> 20} MiB"
+            what = f"{named(large)}, open for writing and larger than {LARGEST_COPY >> 20} MiB"
             raise Error("template", f"what was loaded holds {what}: each worker would have to have a copy of its own")
         template.reopen = tuple(open_files)
         seen = imported.snapshot(clock)

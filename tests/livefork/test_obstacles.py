@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from nsutil.obstacles import Obstacle, named
+
 Python = Callable[..., str]
 
 
@@ -172,3 +174,66 @@ os.dup2(os.open("/dev/null", os.O_RDONLY), reader)
 assert [o.remedy for o in clone.inspect(()) if o.kind == "epoll"] == ["refuse"]
 """
     )
+
+
+def test_a_pipe_of_which_both_ends_are_here_is_made_again(python: Python) -> None:
+    """With one, a thread wakes another: each child's own, with what is in it, its size and its flags."""
+    python(
+        """
+import fcntl, queue, threading
+reader, writer = os.pipe()
+full, into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+again = os.dup(into)
+fcntl.fcntl(full, 1031, 1 << 16 << 1)  # F_SETPIPE_SZ
+os.set_inheritable(full, True)
+packets, sent = os.pipe2(os.O_DIRECT)
+os.write(sent, b"one"), os.write(sent, b"two")
+os.write(into, b"x" * 100000)
+alone = os.pipe()
+os.close(alone[1])
+seen = queue.Queue()
+def wait():
+    while True:
+        said = os.read(reader, 100)
+        seen.put((os.getpid(), said))
+threading.Thread(target=wait, daemon=True).start()
+os.write(writer, b"first")
+assert seen.get(timeout=30) == (os.getpid(), b"first")
+renewed = [o.fd for o in clone.inspect(()) if o.remedy == "remake"]
+assert sorted(renewed) == sorted([reader, writer, full, into, again, packets, sent]), renewed
+assert [o.remedy for o in clone.inspect({into, again}) if o.fd == full] == ["refuse"]
+assert [o.remedy for o in clone.inspect(()) if o.fd == alone[0]] == ["refuse"]
+def act():
+    clone.renew(renewed)
+    clone.revive()
+    assert os.get_inheritable(full) and not os.get_inheritable(into)
+    assert not os.get_blocking(into) and os.get_blocking(writer)
+    assert os.read(packets, 100) == b"one" and os.read(packets, 100) == b"two"
+    os.write(again, b"y")
+    assert b"".join(iter(lambda: os.read(full, 1 << 16) if read_some(full) else b"", b"")) == b"x" * 100000 + b"y"
+    assert fcntl.fcntl(full, 1032) == 1 << 17
+    os.write(writer, b"mine")
+    return seen.get(timeout=30) == (os.getpid(), b"mine")
+def read_some(fd):
+    import select
+    return bool(select.select([fd], [], [], 0)[0])
+for _ in range(10):
+    assert child_says(act)
+assert seen.empty()
+os.write(writer, b"still")
+assert seen.get(timeout=30) == (os.getpid(), b"still")
+assert os.read(packets, 100) == b"one" and len(os.read(full, 1 << 17)) == 100000
+"""
+    )
+
+
+def test_one_file_s_many_descriptors_and_mappings_are_named_once() -> None:
+    device = [Obstacle("device", "/dev/x", n, None, 0, "refuse") for n in range(9)]
+    maps = [Obstacle("device", "/dev/x", None, (n, n + 1), 3, "refuse") for n in range(2)]
+    other = Obstacle("socket", "socket:[1]", 12, None, 0, "refuse")
+    assert named([*device, other, *maps]) == (
+        "descriptors 0, 1, 2, 3, ... and 2 mappings (device: /dev/x); descriptor 12 (socket: socket:[1])"
+    )
+    assert named([other]) == "descriptor 12 (socket: socket:[1])"
+    assert named(device[:2]) == "descriptors 0, 1 (device: /dev/x)"
+    assert named(maps) == "2 mappings (device: /dev/x)"

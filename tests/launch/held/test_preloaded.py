@@ -321,7 +321,7 @@ def test_what_cannot_be_preloaded_is_told_and_sessions_go_on_without(preload, wh
 
 HOLDS = {
     "a socket": ("import socket\ns = socket.create_server(('127.0.0.1', 0))\n", r"\(socket: socket:\[\d+\]\)"),
-    "a pipe": ("import os\nends = os.pipe()\n", r"\(pipe: pipe:\[\d+\]\)"),
+    "an end of a pipe": ("import os\nends = os.pipe()\nos.close(ends[0])\n", r"\(pipe: pipe:\[\d+\]\)"),
     "a child": ("import subprocess\nc = subprocess.Popen(['sleep', '1000'])\n", r"child processes \("),
     "a timer": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 1000)\n", r"a running timer \(setitimer, alarm\)"),
     "a file that it writes": ("f = open('/tmp/out', 'w')\n", r"\(file: /tmp/out\), open for writing"),

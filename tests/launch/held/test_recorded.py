@@ -247,7 +247,8 @@ def test_whether_output_is_a_terminal(hold):
 LEFT = {
     "a socket": ("import socket\ns = socket.socket()\n", "socket"),
     "a pair of sockets": ("import socket\ns = socket.socketpair()\n", "socket"),
-    "a pipe": ("import os\np = os.pipe()\n", "pipe"),
+    "one end of a pipe": ("import os\np = os.pipe()\nos.close(p[1])\n", "pipe"),
+    "a pipe that is opened twice": ("import os\np = os.pipe()\nq = os.open(f'/proc/self/fd/{p[1]}', os.O_WRONLY | os.O_NONBLOCK)\n", "pipe"),
     "a file open for writing": ("f = open('/tmp/x', 'w')\n", "open for writing"),
     "a file open for appending": ("f = open('/tmp/x', 'a')\n", "open for writing"),
     "a running child": ("import subprocess\nc = subprocess.Popen(['sleep', '600'])\n", "child processes ("),
@@ -434,6 +435,35 @@ def test_event_descriptors_and_epoll_sets_are_each_runs_own(hold):
         assert pocket.warm()["rehearsed"] is bool(rehearse)
         for _ in range(3):
             pocket.same("x", "y", "z")
+
+
+def test_a_pipe_that_wakes_a_thread_is_each_runs_own(hold):
+    source = """
+    import os, queue, sys, threading
+    reader, writer = os.pipe()
+    seen = queue.Queue()
+    def wait():
+        while word := os.read(reader, 100):
+            seen.put(word)
+    threading.Thread(target=wait, daemon=True).start()
+    os.write(writer, b"first")
+    first = seen.get()
+    def main():
+        for word in sys.argv[1:]:
+            os.write(writer, word.encode())
+            print(first, seen.get(), flush=True)
+        sys.stdin.read()
+    main()
+    """
+    for rehearse in (None, ["a", "b"]):
+        pocket = hold(textwrap.dedent(source), "main()", **({"rehearse": rehearse} if rehearse else {}))
+        assert pocket.warm()["rehearsed"] is bool(rehearse)
+        for _ in range(2):
+            pocket.same("x", "y", "z", stdin=subprocess.DEVNULL)
+        runs = [popen(pocket, *[f"{n}"] * 50) for n in range(3)]  # at the same time
+        for n, run in enumerate(runs):
+            out, _ = run.communicate(b"")
+            assert out == f"b'first' b'{n}'\n".encode() * 50, out
 
 
 def test_a_program_that_imports_onnxruntime_itself(hold):
