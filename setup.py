@@ -25,7 +25,7 @@ except ImportError:
     from wheel.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("nsutil/livefork.c", "nsutil/arenas.c", "nsutil/pages.c")
+SOURCES = ("nsutil/livefork.c", "nsutil/arenas.c", "nsutil/pages.c", "nsutil/frames.c")
 FLAGS = "-O2 -Wall -Wextra -Werror -fno-omit-frame-pointer -shared -fPIC"
 FRONT = (
     *(f"{name}.c" for name in ("front", "run", "hold", "paths", "client", "msgpack")),

@@ -136,7 +136,7 @@ def _load() -> Any:
 
 
 _library = _load()
-_python: Any = ctypes.pythonapi
+_python: Any = ctypes.PyDLL(None)  # of its own: what is said of functions of ctypes.pythonapi, programs see
 for _name in ("PyThreadState_Get", "PyInterpreterState_Get"):
     getattr(_python, _name).restype = ctypes.c_void_p
 

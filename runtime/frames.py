@@ -11,8 +11,11 @@ import functools
 import sys
 from typing import Any, Callable, Dict, List, Tuple
 
+from nsutil import library
+
 _WORD = ctypes.sizeof(ctypes.c_void_p)
-ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
+_python: Any = ctypes.PyDLL(None)  # of its own: what is said of functions of ctypes.pythonapi, the program sees
+_python.PyThreadState_Get.restype = ctypes.c_void_p
 
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
@@ -32,14 +35,33 @@ class _State(ctypes.Structure):
 
 
 # What the builtins between `alone` and its function count as in 3.11, where C and Python share one depth.
-_BUILTINS = 1 if sys.version_info[:2] == (3, 11) else 0
+_BUILTINS = 2 if sys.version_info[:2] == (3, 11) else 0
+
+# Called by ctypes, which no trace or profile function hears of, as it does of builtins.
+_python.PyObject_CallNoArgs.restype, _python.PyObject_CallNoArgs.argtypes = ctypes.py_object, [ctypes.py_object]
+_set_trace, _set_profile = _python.PyEval_SetTrace, _python.PyEval_SetProfile
+_set_trace.restype = _set_profile.restype = None
+_set_trace.argtypes = _set_profile.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_call: Any = library.load().frames_call
+_call.restype, _call.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_void_p, ctypes.py_object]
+_CALL = ctypes.cast(_python.PyObject_CallNoArgs, ctypes.c_void_p)
+
+_traced: Tuple[Any, Any] = (
+    None,
+    None,
+)  # the program's functions for sys.settrace and sys.setprofile, when it is not on
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call with no frame beneath, and none counted; with those there are where the layout is not as expected."""
+    """Call with no frame beneath, and none counted; with those there are where the layout is not as expected.
+
+    The functions that trace and profile the program hear of nothing else: they are put aside at the end, and set again
+    for the next call.
+    """
+    global _traced
     # A builtin, so that CPython makes a new evaluation loop of what it calls: it must not be inlined in this one.
     call = functools.partial(function, *arguments)
-    state = _State.from_address(ctypes.pythonapi.PyThreadState_Get())
+    state = _State.from_address(_python.PyThreadState_Get())
     here = sys._getframe()
     expected = id(here) if sys.version_info < (3, 11) else ctypes.c_void_p.from_address(id(here) + 3 * _WORD).value
     del here
@@ -48,18 +70,29 @@ def alone(function: Callable[..., Any], *arguments: Any) -> None:
     elif hasattr(state, "frame"):
         slot = ctypes.c_void_p.from_address(ctypes.addressof(state) + _State.frame.offset)
     else:
-        slot = None
-    if slot is None or slot.value != expected:
-        call()
-        return
+        slot = ctypes.c_void_p()
+    if slot.value != expected:
+        slot = ctypes.c_void_p()  # nothing is beneath that
     depth = 0
-    if getattr(state, "limit", None) == sys.getrecursionlimit():
+    if slot and getattr(state, "limit", None) == sys.getrecursionlimit():
         depth = state.limit - state.remaining + _BUILTINS
         state.remaining += depth
-    slot.value = None
+    at, traced, _traced = ctypes.addressof(slot), _traced, (None, None)
+    if traced[0] is not None:
+        sys.settrace(traced[0])
+    if traced[1] is not None:
+        sys.setprofile(traced[1])
     try:
-        call()
+        _call(at, _CALL, call)
     finally:
-        slot.value = expected
+        _traced = (_python.PyObject_CallNoArgs(sys.gettrace), _python.PyObject_CallNoArgs(sys.getprofile))
+        _set_trace(None, None)
+        _set_profile(None, None)
         if depth:
             state.remaining -= depth
+
+
+def untraced() -> None:
+    """What is called from here on is not traced."""
+    global _traced
+    _traced = (None, None)

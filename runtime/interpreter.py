@@ -360,10 +360,11 @@ def wind_up(code: int) -> bool:
     CPython: Py_FinalizeEx.
     """
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        frames.alone(threading._shutdown)  # type: ignore[attr-defined]
     except BaseException:
         sys.excepthook(*sys.exc_info())
     frames.alone(atexit._run_exitfuncs)
+    frames.untraced()
     builtins.__dict__.update(_BUILTINS)
     good = flush()
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
@@ -512,7 +513,8 @@ def flush() -> bool:
         except BaseException as e:
             good = False
             if name == "stdout":
-                complain(f"Exception ignored in: {stream!r}\n{type(e).__name__}: {e}\n")
+                where = f"in: {stream!r}" if sys.version_info < (3, 13) else "on flushing sys.stdout:"
+                complain(f"Exception ignored {where}\n{type(e).__name__}: {e}\n")
     return good
 
 

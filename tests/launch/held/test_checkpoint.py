@@ -226,7 +226,6 @@ CANNOT = {
     "with": ("import contextlib\nwith contextlib.suppress(KeyError):\n    print(1)\n", "app.py:4"),
     "a generator": ("def f():\n    yield 1\n    yield 2\nprint(list(f()))\n", "app.py:4"),
     "a closure": ("def f():\n    x = 1\n    def g():\n        print(x)\n    g()\nf()\n", "app.py:5"),
-    "a comprehension": ("import pocketd\nprint([pocketd.checkpoint() for n in range(2)])\n", "pocketd.checkpoint()"),
 }
 
 

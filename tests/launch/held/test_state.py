@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 
 import pytest
@@ -309,7 +310,8 @@ def test_names_of_a_function_that_it_stands_in(hold):
     pocket = hold(source, "app.py:5", rehearse=["job"])
     facts = pocket.warm()
     assert facts["rehearsed"] is True, facts["not_rehearsed"]
-    assert pocket.same("show").out == b"[1] 5\ndone\n"
+    more = b"5" if sys.version_info < (3, 13) else b"None"  # PEP 667: locals() is a new dict each time
+    assert pocket.same("show").out == b"[1] " + more + b"\ndone\n"
 
 
 LOADED = """
