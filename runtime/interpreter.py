@@ -18,6 +18,7 @@ import importlib.machinery
 import importlib.util
 import io
 import itertools
+import linecache
 import locale
 import os
 import resource
@@ -72,6 +73,7 @@ def _run_inherited_exits() -> None:
 
 def set_up() -> None:
     """In a template, before it loads anything: signals as a program finds them, no surprise from the environment."""
+    getattr(linecache, "_interactive_cache", {}).clear()  # from 3.13: what this process was started with by -c
     atexit.register = _remember_exit
     sys.argv[:] = [""]
     sys.path[:] = [p for p in sys.path if p not in ("", _LIBRARY)]

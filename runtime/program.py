@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import io
+import linecache
 import marshal
 import os
 import pkgutil
@@ -286,5 +287,8 @@ def run_input() -> int:
 def run_code(source: str) -> int:
     sys.path.insert(0, "")
     namespace = main_module(__loader__=importlib.machinery.BuiltinImporter)
-    frames.alone(exec, compile(source, "<string>", "exec", dont_inherit=True), namespace)
+    code = compile(source, "<string>", "exec", dont_inherit=True)
+    if hasattr(linecache, "_register_code"):  # from 3.13: tracebacks show its lines
+        linecache._register_code(code, source, "<string>")
+    frames.alone(exec, code, namespace)
     return 0
