@@ -46,10 +46,8 @@ _call: Any = library.load().frames_call
 _call.restype, _call.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_void_p, ctypes.py_object]
 _CALL = ctypes.cast(_python.PyObject_CallNoArgs, ctypes.c_void_p)
 
-_traced: Tuple[Any, Any] = (
-    None,
-    None,
-)  # the program's functions for sys.settrace and sys.setprofile, when it is not on
+# The program's functions for sys.settrace and sys.setprofile, while it does not run.
+_traced: Tuple[Any, Any] = (None, None)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> None:

@@ -29,7 +29,8 @@ def find(keep: Set[int]) -> Tuple[str, Tuple[int, ...]]:
     if _open_loops():
         return "an asyncio event loop that is not closed", ()
     found = clone.inspect(keep)
-    refused = [obstacles.named(those)] if (those := [o for o in found if o.remedy == "refuse"]) else []
+    those = [o for o in found if o.remedy == "refuse"]
+    refused = [obstacles.named(those)] if those else []
     for o in found:
         if o.remedy == "reopen" and o.fd is not None and obstacles.is_written(o.fd) and not obstacles.is_copied(o):
             what = " (memory of a Value or Array of multiprocessing)" if "/pym-" in str(o) else ""

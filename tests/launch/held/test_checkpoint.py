@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -227,6 +228,11 @@ CANNOT = {
     "a generator": ("def f():\n    yield 1\n    yield 2\nprint(list(f()))\n", "app.py:4"),
     "a closure": ("def f():\n    x = 1\n    def g():\n        print(x)\n    g()\nf()\n", "app.py:5"),
 }
+if sys.version_info < (3, 12):  # PEP 709: from then on it has no frame of its own
+    CANNOT["a comprehension"] = (
+        "import pocketd\nprint([pocketd.checkpoint() for n in range(2)])\n",
+        "pocketd.checkpoint()",
+    )
 
 
 @pytest.mark.parametrize("where", CANNOT)
