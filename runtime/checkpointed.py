@@ -234,6 +234,7 @@ class Checkpointed(Held):
         """Run the sample in children, as often as was ordered, before it is rehearsed; None in those. Bare, without
         arguments, None too where that does not end soon, or not twice the same."""
         outcomes: List[rehearsal.Outcome] = []
+        endless = rehearsal.Until(self.orders["hold"]["rehearse_until"]).is_a_time
         for _ in range(self.orders["hold"]["trials"]):
             try:
                 outcome = rehearsal.trial(places, run, rehearsal.BARE if bare else rehearsal.TIMEOUT)
@@ -244,7 +245,7 @@ class Checkpointed(Held):
             if outcome is None:
                 return None
             self.uncover()
-            if bare and outcomes and rehearsal.Proof(outcomes[:1]).difference(outcome):
+            if bare and outcomes and rehearsal.Proof(outcomes[:1], endless).difference(outcome):
                 return None
             if outcome.status and not bare:
                 said = (outcome.out + outcome.err)[-2000:].decode(errors="replace")
@@ -252,7 +253,7 @@ class Checkpointed(Held):
                     f"the sample, which has nothing to read, ended with status {outcome.status}:\n{said}"
                 )
             outcomes.append(outcome)
-        return rehearsal.Proof(outcomes, rehearsal.Until(self.orders["hold"]["rehearse_until"]).is_a_time)
+        return rehearsal.Proof(outcomes, endless)
 
     def report(self) -> None:
         """At the end of a run of the sample, and when all of it is gone, which writes too: what it has made its own."""

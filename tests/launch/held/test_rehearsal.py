@@ -297,11 +297,11 @@ def test_a_loop_is_rehearsed_until(hold, until):
 
 
 def test_a_trace_is_found_in_a_loop(hold):
-    """As far as both have come they have to say the same."""
+    """As far as both have come they have to say the same; no two come as far."""
     pocket = hold(
-        LOOP.replace("n = 0", "n = len(kept.seen)\n    kept.seen.append(1)").replace(
-            "import pocketd", f"import pocketd\n{HIDDEN}"
-        ),
+        LOOP.replace("n = 0", "n = len(kept.seen)\n    kept.seen.append(1)")
+        .replace("import pocketd", f"import pocketd, random\n{HIDDEN}")
+        .replace("sleep(0.01)", "sleep(random.SystemRandom().random() / 50)"),
         "main()",
         rehearse=["s"],
         rehearse_until=0.3,
