@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from pocketd.held import Holder
     from pocketd.templates import Template
 
-DELAY = 0.05  # seconds after a launch until its slot is replaced: the program goes first
+# Seconds after a launch until its slot is replaced, which takes a processor for as long as a first result does: the
+# program goes first. Where none is left for the next launch it goes first but for its start.
+DELAY, NONE_LEFT = 1.0, 0.05
 BACKOFF = 5.0  # seconds after a slot that could not be made
 TAKEN = 3.0  # seconds that a slot may take to say that it has its session
 _OOM_SCORE = 1000  # of one that waits: it ends before anything that runs (proc_pid_oom_score_adj(5))
@@ -118,7 +120,7 @@ class Slots:
                 found = slot
             else:
                 self._end(slot)
-        self.fill_later(definition.name)
+        self.fill_later(definition.name, DELAY if queue else NONE_LEFT)
         return found
 
     def _good(self, slot: Slot, definition: Pocket) -> bool:
@@ -130,9 +132,16 @@ class Slots:
         # Once the pocket is held, slots that come from the root template are of an older kind.
         return holder is None or not holder.ready or slot.held == holder.number
 
-    def fill_later(self, pocket: str, delay: float = DELAY) -> None:
-        if pocket not in self._filling and self.generation.running:
-            loop = asyncio.get_running_loop()
+    def fill_later(self, pocket: str, delay: float = NONE_LEFT) -> None:
+        """Where it is to be already, it is brought forward, but for what has to wait longer: for BACKOFF."""
+        if not self.generation.running:
+            return
+        loop = asyncio.get_running_loop()
+        known, now = self._filling.get(pocket), loop.time()
+        if known and now + delay < known.when() <= now + DELAY:
+            known.cancel()
+            known = None
+        if known is None:
             self._filling[pocket] = loop.call_later(delay, self._fill, pocket)
 
     def _fill(self, pocket: str) -> None:

@@ -88,8 +88,9 @@ class WorkingSet:
     def make(self) -> int:
         """Make them this process's. Returns how many ranges could not be: memory is short, or the kernel is older."""
         own = list(self.own)
-        for place, parts in self.huge:  # it takes no pages of which none is written to
-            if not (_advise(parts[0], _POPULATE_WRITE) and _advise(place, _MADV_COLLAPSE)):
+        for place, parts in self.huge:
+            first = parts[0][0], parts[0][0] + mmap.PAGESIZE  # it takes no pages of which none is written to
+            if not (_advise(first, _POPULATE_WRITE) and _advise(place, _MADV_COLLAPSE)):
                 own += parts
         made = ((own, _POPULATE_WRITE), (self.mapped, _POPULATE_READ))
         return sum(not _advise(place, advice) for ranges, advice in made for place in ranges)

@@ -143,6 +143,34 @@ assert took < 50, took
     )
 
 
+def test_of_a_huge_page_no_small_ones_are_made_first(python: Callable[..., str]) -> None:
+    python(
+        """
+import ctypes, mmap, os, resource
+from runtime import workingset
+PAGE, HUGE = mmap.PAGESIZE, 2 << 20
+area = mmap.mmap(-1, 4 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area[:] = b"1" * len(area)
+report = os.memfd_create("pages")
+def first():
+    area[:] = b"2" * len(area)
+    workingset.note(report)
+child_says(first, clone.fork)
+found = workingset.WorkingSet.read(report).here().on_huge_pages()
+begin = ctypes.addressof(ctypes.c_char.from_buffer(area))
+found.own, found.mapped = [], []
+found.huge = [huge for huge in found.huge if begin <= huge[0][0] < begin + len(area)]
+assert len(found.huge) >= 3
+def second():
+    had = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    failed = found.make()
+    return failed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - had, area[:] == b"1" * len(area)
+failed, made, same = child_says(second, clone.fork)
+assert (failed, same) == (0, True) and made < HUGE // PAGE, (failed, made)
+"""
+    )
+
+
 def test_small_ones_are_made_where_no_huge_one_can_be(python: Callable[..., str]) -> None:
     """Here, as this process is to have none (prctl(2))."""
     python(

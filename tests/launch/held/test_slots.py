@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from cgroup.hierarchy import Hierarchy, path_of
+from pocketd.slots import DELAY
 from runtime import workingset
 from tests.conftest import ROOT, TIMEOUT, wait_for
 from tests.launch.both import Ended, ends, finish, read_line
@@ -118,6 +120,19 @@ def test_each_serves_one_run(hold):
     assert [run.returncode for run in runs] == [0] * 5
     pocket.warm()
     assert ready(pocket, 2)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_one_is_replaced_after_its_program_had_the_processors(hold, checkpoint):
+    pocket = hold(f"{HERE}print(1, flush=True)\ninput()\n", checkpoint, warm=2)
+    pocket.warm()
+    assert ready(pocket, 2)
+    began = time.monotonic()
+    run = popen(pocket)
+    assert read_line(run.stdout.fileno()) == b"1\n"
+    there, seconds = ready(pocket, 2), time.monotonic() - began
+    run.communicate(b"\n")
+    assert there and seconds >= DELAY
 
 
 @pytest.mark.parametrize("checkpoint", [None, "here ="])
