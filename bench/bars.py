@@ -93,6 +93,26 @@ def _call(measures: Measures) -> str:
     )
 
 
+def _client(measures: Measures) -> str:
+    loads, got, again = (
+        1e3 * median(measures, "first-result", name)
+        for name in ("monolith, loads", "client, slot", "inference alone, slot")
+    )
+    return (
+        f"the bar is {loads / 150:.1f} ms here, a client takes {got:.1f}, of which the inference, done again in the "
+        f"same session, takes {again:.1f} by itself"
+    )
+
+
+def _idle(measures: Measures) -> str:
+    count = most(measures["memory-yolov3"])
+    monoliths, idle = (median(measures, "memory-yolov3", f"{count} {name}") for name in ("monoliths", "pockets, idle"))
+    return (
+        "this is just after all have their results; a second later workers of clients have given back what computing "
+        f"took, and it is {monoliths / idle:.3g}"
+    )
+
+
 LEAST, MOST = "at least", "at most"
 # Of each: what it is, whether its value is to be at least or at most the bar, the bar, and the value.
 BARS: list[tuple[str, str, float, Callable[[Measures], float]]] = [
@@ -209,6 +229,8 @@ WHY: dict[str, Callable[[Measures], str]] = {
         "container and gives up no privilege, takes {fork} to the same line",
     ),
     BARS[6][0]: _spread("first-look-objects", "steady", "the steady state that it is compared with"),
+    BARS[7][0]: _client,
+    BARS[8][0]: _idle,
     BARS[14][0]: _call,
     BARS[15][0]: _spread("busy", "python", "an inference in a process of its own"),
 }

@@ -165,23 +165,28 @@ def scripts(run: Run) -> None:
         run.found["busy"] = compare.busy(pockets, run.few(3, 20), run.few(20, 40))
 
 
-def at_once(run: Run) -> None:
-    with pockets_of(run, "mobilenet", *(() if run.quick else ("yolov3",)), alone=False) as (pockets, peers, stack):
-        server = stack.enter_context(rpc.server(run.work, run.files))
-        every, two = [*peers, pockets.on_demand, pockets.held], [peers[0], pockets.held]
-        plan: list[tuple[App, list[Way], list[int], int]] = [
-            (PREDICT, [*every, pockets.client("mobilenet"), rpc_client(server, "mobilenet")], [1, 4, 10, 20], 20),
-            (FUNCTION, two, [20], 20),
-            (DETECT_OBJECTS, every, [1, 4, 10], 2),
-            (OBJECTS, [*two, pockets.client("yolov3"), rpc_client(server, "yolov3")], [1, 4, 10, 20], 4),
-            (DETECT_FACES, [*every, pockets.client("faces")], [1, 4, 10, 20], 4),
-        ]
-        for app, ways_of_it, counts, warm in plan[:1] if run.quick else plan:
-            say(f"{app.program}, many at once")
-            with compare.held(pockets, app, run.few(4, warm)) as making:
-                run.found[f"making-{app.name}-{run.few(4, warm)}"] = making
-                made = compare.at_once(app, pockets, ways_of_it, [2] if run.quick else counts)
+def at_once(
+    app: App, everyone: bool, counts: list[int], warm: int, model: str | None = None
+) -> tuple[str, Callable[[Run], None]]:
+    """The part of one app, and its name: `everyone` has it run by all peers; `model`: what its clients ask for."""
+
+    def part(run: Run) -> None:
+        if run.quick and app is not PREDICT:
+            return
+        deployed_ones = [model] if model in models.INPUTS else []
+        with pockets_of(run, *deployed_ones, alone=False) as (pockets, peers, stack):
+            of_it = [*peers, pockets.on_demand, pockets.held] if everyone else [peers[0], pockets.held]
+            of_it += [pockets.client(model)] if model else []
+            for name in deployed_ones:
+                server = stack.enter_context(rpc.server(run.work, {name: run.model(name)}))
+                of_it.append(rpc_client(server, name))
+            slots = run.few(4, warm)
+            with compare.held(pockets, app, slots) as making:
+                run.found[f"making-{app.name}-{slots}"] = making
+                made = compare.at_once(app, pockets, of_it, [2] if run.quick else counts)
                 run.found.update({f"at-once-{app.name}{kind}": measure for kind, measure in made.items()})
+
+    return f"at-once-{app.name}", part
 
 
 def rpc_client(server: rpc.Rpc, model: str) -> Way:
@@ -198,7 +203,15 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "steps": steps,
     "first-result": first_result,
     "scripts": scripts,
-    "at-once": at_once,
+    **dict(
+        [
+            at_once(PREDICT, True, [1, 4, 10, 20], 20, "mobilenet"),
+            at_once(FUNCTION, False, [20], 20),
+            at_once(DETECT_OBJECTS, True, [1, 4, 10], 2),
+            at_once(OBJECTS, False, [1, 4, 10, 20], 4, "yolov3"),
+            at_once(DETECT_FACES, True, [1, 4, 10, 20], 4, "faces"),
+        ]
+    ),
     "memory": memory,
     "round-trip": round_trip,
     "many": many_launches,
