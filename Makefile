@@ -33,6 +33,7 @@ else ifeq ($(VM),skip)
 else
 	@deploy/prepare vm || { echo 'test: NO VM can be made here; to go on without: make test VM=skip' >&2; exit 1; }
 	@$(MAKE) --no-print-directory ruff mypy
+	@rm -f .cache/vm/outcomes-host.json .cache/vm/results/*/outcomes.json
 	@status=0; log=.cache/vm/suites.txt; \
 	echo 'test: the VM runs meanwhile, on both kernels; what it says comes last'; \
 	$(python) -m tests.vm --suite 6.1 newest >$$log 2>&1 & vm=$$!; \

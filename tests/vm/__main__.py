@@ -3,7 +3,7 @@
 python -m tests.vm                                   the whole: the suites, and what the host's run had to skip
 python -m tests.vm --suite 6.1 newest                a part of it: these of SUITES,
 python -m tests.vm --skipped                         what the host skipped,
-python -m tests.vm --report                          what the parts that ran have left out
+python -m tests.vm --report                          what failed in the parts that ran, and what they have left out
 python -m tests.vm tests/vm/guest/test_boot.py -k psi   one boot with these pytest arguments
 python -m tests.vm --run 'systemctl status'          one boot with this shell command
 """
@@ -33,6 +33,9 @@ SUITES = {
     "rest": ("newest", [GUEST, "-m", "oldest or slow"]),
     "attacks": ("newest", [f"{GUEST}/test_attacks.py"]),
 }
+# What a skip names that need not be anywhere: there are places where no build of torch without CUDA is served, and a VM
+# has no GPU.
+OPTIONAL = ("torch", "GPU")
 # An emulated processor is some 17 times slower: these are for hangs.
 PYTEST = [
     *(str(machine.ROOT / ".venv/bin/python"), "-m", "pytest", "-p", "no:cacheprovider"),
@@ -86,27 +89,31 @@ def skipped() -> int:
     return boot("newest", [*PYTEST, "--skipped-in", str(HOST_OUTCOMES), *files], SKIPPED).status if files else 0
 
 
-def left_out() -> int:
-    """Tests that ran nowhere are a failure."""
+def summary() -> int:
+    """What failed, at the end of all output: tests that ran nowhere are a failure too."""
     host = Outcomes.parse(HOST_OUTCOMES.read_bytes()) if HOST_OUTCOMES.exists() else Outcomes()
-    found = [place / OUTCOMES for place in (*(RESULTS / name for name in SUITES), SKIPPED)]
-    return int(not report(host, [Outcomes.parse(path.read_bytes()) for path in found if path.exists()]))
+    places = {place.name: place / OUTCOMES for place in (*(RESULTS / name for name in SUITES), SKIPPED)}
+    guests = {name: Outcomes.parse(path.read_bytes()) for name, path in places.items() if path.exists()}
+    return int(not report(host, guests))
 
 
-def report(host: Outcomes, guests: list[Outcomes]) -> bool:
-    """Say what was skipped where; False when a test ran nowhere that could have."""
-    ran = host.ran.union(*(g.ran for g in guests))
+def report(host: Outcomes, guests: dict[str, Outcomes]) -> bool:
+    """Say what was skipped where, and what failed where, by the names of `guests`; False when a test failed, or ran
+    nowhere that could have."""
+    ran = host.ran.union(*(g.ran for g in guests.values()))
     skipped: dict[str, str] = {}
-    for outcomes in (*guests, host):
+    for outcomes in (*guests.values(), host):
         skipped.update(outcomes.skipped)
     nowhere = {test: reason for test, reason in skipped.items() if not covered(test, ran)}
-    in_guest = sum(covered(test, set().union(*(g.ran for g in guests))) for test in host.skipped)
+    in_guest = sum(covered(test, set().union(*(g.ran for g in guests.values()))) for test in host.skipped)
     print(f"vm: {len(host.skipped)} tests were skipped on the host, {in_guest} of them ran in the VM")
-    # torch is optional: there are places where no build of it without CUDA is served.
-    optional = {test for test, reason in nowhere.items() if "torch" in reason}
-    for test, reason in sorted(nowhere.items()):
-        print(f"vm: RAN NOWHERE{' (optional)' if test in optional else ''}: {test}: {reason}")
-    return len(nowhere) == len(optional)
+    optional = {test for test, reason in nowhere.items() if any(word in reason for word in OPTIONAL)}
+    for test, reason in sorted(nowhere.items(), key=lambda t: t[0] not in optional):
+        print(f"test: RAN NOWHERE{' (optional)' if test in optional else ', WHICH FAILS'}: {test}: {reason}")
+    failed = [(name, test) for name, o in {"the host": host, **guests}.items() for test in sorted(o.failed)]
+    for name, test in failed:
+        print(f"test: FAILED on {name}: {test}")
+    return len(nowhere) == len(optional) and not failed
 
 
 def covered(test: str, ran: set[str]) -> bool:
@@ -127,7 +134,9 @@ def main() -> int:
     )
     parser.add_argument("--suite", nargs="+", choices=SUITES, help="some of the VM's own tests alone")
     parser.add_argument("--skipped", action="store_true", help="what the last whole run on the host skipped, alone")
-    parser.add_argument("--report", action="store_true", help="say which tests ran nowhere, and fail over them")
+    parser.add_argument(
+        "--report", action="store_true", help="say which tests failed or ran nowhere, and fail over them"
+    )
     parser.add_argument("--kernel", choices=machine.KERNELS, help="for one boot (default: newest)")
     parser.add_argument("--run", metavar="COMMAND", help="a shell command instead of pytest")
     options, arguments = parser.parse_known_args()
@@ -142,8 +151,8 @@ def main() -> int:
         if options.skipped:
             return skipped()
         if options.report:
-            return left_out()
-        return max([*map(suite, SUITES), skipped(), left_out()])
+            return summary()
+        return max([*map(suite, SUITES), skipped(), summary()])
     except (machine.NoMachine, machine.GuestFailed) as e:
         print(f"vm: {e}", file=sys.stderr)
         return 125

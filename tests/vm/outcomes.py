@@ -17,18 +17,20 @@ GUEST = "tests/vm/guest/"
 
 @dataclass
 class Outcomes:
-    """Of one run of pytest: node ids of tests that ran, and of those that were skipped with their reasons."""
+    """Of one run of pytest: node ids of tests that ran, of those that were skipped with their reasons, and of those
+    that failed, whether they ran or not."""
 
     ran: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     @classmethod
     def parse(cls, text: str | bytes) -> Outcomes:
         values = json.loads(text)
-        return cls(set(values["ran"]), values["skipped"])
+        return cls(set(values["ran"]), values["skipped"], set(values["failed"]))
 
     def text(self) -> str:
-        return json.dumps({"ran": sorted(self.ran), "skipped": self.skipped}, indent=1)
+        return json.dumps({"ran": sorted(self.ran), "skipped": self.skipped, "failed": sorted(self.failed)}, indent=1)
 
 
 class Recorder:
@@ -40,6 +42,8 @@ class Recorder:
         if report.skipped and not hasattr(report, "wasxfail"):
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.outcomes.skipped[report.nodeid] = reason.removeprefix("Skipped: ")
+        if report.failed:
+            self.outcomes.failed.add(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self.add(report)  # a whole file

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.vm.__main__ import report
 from tests.vm.outcomes import Outcomes
 
@@ -20,7 +22,7 @@ def test_half(n):
 """
 
 
-def pytest_with(place: Path, *arguments: str) -> Outcomes:
+def pytest_with(place: Path, *arguments: str, status: int = 0) -> Outcomes:
     to = place / "outcomes.json"
     command = [
         sys.executable,
@@ -35,7 +37,7 @@ def pytest_with(place: Path, *arguments: str) -> Outcomes:
         "no:cacheprovider",
     ]
     command += ["-p", "tests.vm.outcomes", "--outcomes-to", str(to), *arguments]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == status
     return Outcomes.parse(to.read_text())
 
 
@@ -65,15 +67,30 @@ def test_another_run_takes_only_what_was_skipped(tmp_path):
 
 def test_what_ran_in_one_place_is_not_missed(capsys):
     host = Outcomes({"a"}, {"b": "no memory controller", "c.py": "no c"})
-    assert report(host, [Outcomes({"b", "c.py::test_c"}, {"a": "not in a VM"})])
+    assert report(host, {"newest": Outcomes({"b", "c.py::test_c"}, {"a": "not in a VM"})})
     assert "2 tests were skipped on the host, 2 of them ran in the VM" in capsys.readouterr().out
 
 
 def test_what_ran_nowhere_is_named_and_fails(capsys):
-    assert not report(Outcomes(set(), {"a": "no a"}), [Outcomes({"b"}, {"a": "no a there"})])
-    assert "RAN NOWHERE: a: no a" in capsys.readouterr().out
+    assert not report(Outcomes(set(), {"a": "no a"}), {"newest": Outcomes({"b"}, {"a": "no a there"})})
+    assert "RAN NOWHERE, WHICH FAILS: a: no a" in capsys.readouterr().out
 
 
-def test_a_package_that_is_optional_is_named_but_does_not_fail(capsys):
-    assert report(Outcomes(set(), {"a": "could not import 'torch'"}), [Outcomes()])
-    assert "RAN NOWHERE (optional): a: could not import 'torch'" in capsys.readouterr().out
+@pytest.mark.parametrize("reason", ["could not import 'torch'", "this host has no GPU of NVIDIA's"])
+def test_what_is_optional_is_named_but_does_not_fail(capsys, reason):
+    assert report(Outcomes(set(), {"a": reason}), {})
+    assert f"RAN NOWHERE (optional): a: {reason}" in capsys.readouterr().out
+
+
+def test_each_failure_is_named_at_the_end(tmp_path, capsys):
+    (tmp_path / "test_few.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\ndef broken(): raise OSError\n"
+        "def test_runs(): pass\n"
+        "def test_fails(): assert 0\n"
+        "def test_has_no_fixture(broken): pass\n"
+    )
+    outcomes = pytest_with(tmp_path, str(tmp_path), status=1)
+    assert not report(Outcomes(), {"newest": outcomes})
+    names = ("test_fails", "test_has_no_fixture")
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"test: FAILED on newest: test_few.py::{n}" for n in names]
