@@ -6,13 +6,9 @@ before it maps or reads (memfd_create(2), "File sealing"; fcntl(2), F_ADD_SEALS)
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import mmap
 import os
 import stat
-
-from nsutil.syscalls import check, error, libc
 
 # linux/fcntl.h (fcntl exports these from Python 3.8 on Linux)
 F_ADD_SEALS = 1033
@@ -86,59 +82,3 @@ def read_sealed(fd: int, limit: int) -> bytes:
         parts.append(part)
         at += len(part)
     return b"".join(parts)
-
-
-def trim() -> None:
-    """Give the allocator's free memory back to the kernel. malloc_trim(3); a libc without it has nothing to give."""
-    try:
-        _malloc_trim = ctypes.PyDLL(None).malloc_trim
-    except AttributeError:
-        return
-    _malloc_trim(ctypes.c_size_t(0))
-
-
-_MADV_COLLAPSE = 25  # asm-generic/mman-common.h, Linux 6.1
-
-
-def collapse() -> None:
-    """Make huge pages of this process's anonymous memory, of each 2 MiB where there is anything: a fork then copies one
-    entry instead of 512. The pages are its own afterwards, also where it shared them. madvise(2), MADV_COLLAPSE; an
-    older kernel, or one that is short of huge pages, leaves all as it is."""
-    found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            addresses, rights, _, _, inode, *name = line.split(None, 5)
-            if rights == "rw-p" and inode == "0" and name != ["[stack]\n"]:
-                start, _, end = addresses.partition("-")
-                found.append((int(start, 16), int(end, 16)))
-    for first, last in found:
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)
-
-
-# asm-generic/mman-common.h, linux/mman.h
-_PROT_READ_WRITE, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MREMAP_MAYMOVE, _MREMAP_FIXED = 0x3, 0x1, 0x2, 0x20, 1, 2
-_FAILED = ctypes.c_void_p(-1).value
-
-
-def share(start: int, end: int, protection: int) -> None:
-    """Make a range of this process's memory a MAP_SHARED mapping of its own, with the same content, that children made
-    by fork(2) share with it. No other thread may use it meanwhile. Raises OSError."""
-    _replace(start, end, protection, _MAP_SHARED)
-
-
-def own(start: int, end: int) -> None:
-    """Make the pages of a range of a shared mapping this process's own, with what they hold now. What lies there stays
-    where it is; whoever else has them mapped shares them no more. Raises OSError."""
-    page = mmap.PAGESIZE
-    _replace(start // page * page, -(-end // page) * page, _PROT_READ_WRITE, _MAP_PRIVATE)
-
-
-def _replace(start: int, end: int, protection: int, kind: int) -> None:
-    size = end - start
-    new = libc.mmap(None, size, _PROT_READ_WRITE, kind | _MAP_ANONYMOUS, -1, 0)
-    if new == _FAILED:
-        raise error("mmap", f"{size} bytes")
-    ctypes.memmove(new, start, size)
-    check(libc.mprotect(new, size, protection), "mprotect", f"{size} bytes")
-    if libc.mremap(new, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, start) == _FAILED:
-        raise error("mremap", f"{size} bytes")

@@ -12,7 +12,7 @@ import os
 import time
 from typing import Dict, List, Optional, Tuple
 
-from nsutil import memory
+from nsutil import memory, pages
 from pocketd.tensors import ALIGNMENT, BadTensor, Handle, check
 
 # Address space only: pages exist once they are touched.
@@ -49,7 +49,7 @@ class Arena:
     def own(self, first: int, end: int) -> None:
         """Make the pages with these bytes this process's own where they are mapped: what views them keeps what it sees
         now, whatever is written to the arena. Raises OSError."""
-        memory.own(self.address + first, self.address + end)
+        pages.own(self.address + first, self.address + end)
 
     def again(self) -> Arena:
         """The same arena in another place, none of whose pages is this process's own. Raises OSError."""

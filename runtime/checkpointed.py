@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from nsutil import clone, memory, processes
+from nsutil import clone, pages, processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -213,7 +213,7 @@ class Checkpointed(Held):
                 os.ftruncate(self.reports, 0)
                 os.lseek(self.reports, 0, os.SEEK_SET)
                 gc.collect()
-                memory.trim()  # as each run will find it: what it allocates then lies in the same places
+                pages.trim()  # as each run will find it: what it allocates then lies in the same places
                 after = rehearsal.trial(places, functools.partial(become, words))
                 if after is None:
                     return

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Tuple
 
-from nsutil import clone, memory
+from nsutil import clone, pages
 from nsutil.messages import Fds, MessageError
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -195,7 +195,7 @@ class Held:
         """Let what was shared be shared again, by this process and those that it makes."""
         for mapping in self.shared:
             assert mapping.range
-            memory.share(*mapping.range, mapping.protection)
+            pages.share(*mapping.range, mapping.protection)
 
     def left_behind(self) -> str:
         """What cannot be carried over, in words. Notes what has to be opened again in each child."""
@@ -213,7 +213,8 @@ class Held:
         self.scratch = rehearsal.Places(("/tmp", "/dev/shm", *self.orders["homes"]))
         self.collecting = gc.isenabled()
         gc.collect()
-        memory.trim()
+        pages.trim()
+        pages.unmap_files()
         self.pages = self.pages_of_a_run().on_huge_pages()
         gc.freeze()
         gc.disable()

@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
-from nsutil import memory, messages
+from nsutil import messages, pages
 from nsutil.messages import Fds, MessageError
 from pocketd import arrays, tensors, wire
 from pocketd.arena import Arena, Arenas, Heap
@@ -105,7 +105,7 @@ class Session:
                 try:
                     body, fds = messages.receive(self._sock)
                 except BlockingIOError:  # SO_RCVTIMEO, socket(7): it costs a busy session nothing
-                    memory.trim()  # what the last call left in the allocator goes back, when none comes for a while
+                    pages.trim()  # what the last call left in the allocator goes back, when none comes for a while
                     self._heap.relax(0.0)
                     self._wait_for(_FOREVER)
                     continue

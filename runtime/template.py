@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from nsutil import arenas, clone, memory, namespaces, privileges
+from nsutil import arenas, clone, namespaces, pages, privileges
 from nsutil.messages import Fds, MessageError
 from nsutil.obstacles import LARGEST_COPY, is_written, named
 from pocketd import wire
@@ -96,9 +96,10 @@ def warm(template: Template) -> None:
         template.pools = threads.find()
         randomness.prepare()
         gc.collect()
-        memory.trim()  # what loading needed is not to be carried by every worker
+        pages.trim()  # what loading needed is not to be carried by every worker
         if not template.ancestors:
-            memory.collapse()  # a warmer one shares these pages, and would have them twice
+            pages.collapse()  # a warmer one shares these pages, and would have them twice
+        pages.unmap_files()
         gc.freeze()
         gc.disable()
         clone.attempt()  # else each launch would say why not

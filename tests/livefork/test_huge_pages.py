@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nsutil import memory
+from nsutil import pages
 
 SIZE = 32 << 20
 HUGE = 2 << 20
@@ -25,7 +25,7 @@ def test_small_pages_become_huge_ones_and_hold_the_same() -> None:
     with mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         for at in range(0, SIZE, mmap.PAGESIZE):  # one by one, so that they are small
             area[at : at + 8] = at.to_bytes(8, "little")
-        memory.collapse()
+        pages.collapse()
         if not Path("/sys/kernel/mm/transparent_hugepage").exists():
             pytest.skip("this kernel has no transparent huge pages")
         assert huge() >= SIZE - 2 * HUGE  # its ends are not whole ones
