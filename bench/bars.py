@@ -108,8 +108,8 @@ def _idle(measures: Measures) -> str:
     count = most(measures["memory-yolov3"])
     monoliths, idle = (median(measures, "memory-yolov3", f"{count} {name}") for name in ("monoliths", "pockets, idle"))
     return (
-        "this is just after all have their results; a second later workers of clients have given back what computing "
-        f"took, and it is {monoliths / idle:.3g}"
+        "this is just after all have their results; three seconds later workers of clients have given back what "
+        f"computing took, and it is {monoliths / idle:.3g}"
     )
 
 

@@ -241,9 +241,9 @@ def apps_memory(service: Service, name: str, file: Path, counts: list[int]) -> M
                 client.stdin.flush()
             for client in clients:
                 _await(client)
-            for when, patience in (("", 0.0), (", idle", 1.0)):
+            for when, patience in (("", 0.0), (", idle", 3.0)):
                 pockets = _many(count, "pocket") + when
-                time.sleep(patience)  # a worker gives back its allocator's memory after 0.25 s without a call
+                time.sleep(patience)  # a worker gives back its allocator's memory after 2 s without a call
                 workers = [own.memory([pid]) for pid in _workers(service)]
                 apps = [own.memory([client.pid]) for client in clients]
                 everything = own.memory([*(client.pid for client in clients), *service.processes()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 from nsutil.syscalls import check, error, libc
 
@@ -39,6 +39,39 @@ def unmap_files() -> None:
             elif words[0] == "Anonymous:" and place and words[1] == "0":
                 first, last = place
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+# malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_OF_HEAP = 32 << 20  # bytes of a block; what is larger has a mapping of its own (HEAP_MAX_SIZE / 2 in malloc.c)
+
+
+def keep_free_memory() -> bool:
+    """Let the allocator keep what is freed until `trim` is called, in this process and its children: what one call has
+    needed the next one finds made. mallopt(3). False where the C library is another."""
+    try:
+        mallopt = libc.mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1) and mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_HEAP))
+
+
+def heap_end() -> int:
+    """An address. brk(2)."""
+    return libc.sbrk(0) or 0
+
+
+def extend_heap(end: int) -> None:
+    """Have the heap reach to that address at least, with free memory that no page is made for yet; after
+    `keep_free_memory`, which leaves it there. Less where memory is short."""
+    blocks: List[int] = []
+    while heap_end() < end:
+        block = libc.malloc(min(end - heap_end(), _LARGEST_OF_HEAP // 2))
+        if not block:
+            break
+        blocks.append(block)
+    for block in blocks:
+        libc.free(block)
 
 
 def collapse() -> None:

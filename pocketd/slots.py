@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # program goes first. Where none is left for the next launch it goes first but for its start.
 DELAY, NONE_LEFT = 1.0, 0.05
 BACKOFF = 5.0  # seconds after a slot that could not be made
+MADE = 30.0  # seconds that slots may take until they wait, for who waits for that
 TAKEN = 3.0  # seconds that a slot may take to say that it has its session
 _OOM_SCORE = 1000  # of one that waits: it ends before anything that runs (proc_pid_oom_score_adj(5))
 _WORDS = wire.Bounds(4 * 1024, 4, 32)
@@ -54,6 +55,7 @@ class Slot:
     ready: bool = False
     gone: bool = False
     sock: socket.socket | None = None  # what it listens on, our end
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # it waits, or has ended
     taken: asyncio.Future[None] | None = None  # its answer, once it has been given a session
 
     def answer(self, error: Error | None) -> None:
@@ -182,6 +184,13 @@ class Slots:
                 self.fill_later(name, BACKOFF)
                 return
 
+    async def settle(self, pocket: str) -> None:
+        """Until each that was asked for waits, or has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MADE):
+                for slot in [s for s in self.by_id.values() if s.pocket == pocket]:
+                    await slot.settled.wait()
+
     def _wanted(self, definition: Pocket) -> int:
         """No more than leave room for a run within the pocket's memory.max."""
         holder = self.generation.held.current.get(definition.name)
@@ -274,6 +283,7 @@ class Slots:
         operation = message.get("op")
         if operation == "waiting" and not slot.gone and not slot.ready:
             slot.ready = True
+            slot.settled.set()
             self.took[slot.pocket] = time.monotonic() - slot.begun
             self.waiting.setdefault(slot.pocket, deque()).append(slot)
             return
@@ -340,6 +350,7 @@ class Slots:
 
     async def _drop(self, slot: Slot) -> None:
         slot.gone = True
+        slot.settled.set()
         slot.close()
         with suppress(ValueError, KeyError):
             self.waiting[slot.pocket].remove(slot)

@@ -20,7 +20,8 @@ CHANGES = 5  # of a pocket's files, while it is being held
 
 
 async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progress) -> Message:
-    """Hold a pocket at its checkpoint, or preloaded; returns when it is. Raises Error that says why it cannot be."""
+    """Hold a pocket at its checkpoint, or preloaded; returns when it is and its slots wait. Raises Error that
+    says why it cannot be."""
     service, definition = await daemon.resolve(name, peer)
     if definition is None:
         raise Error("bad-request", f"{name} is a service, which is warm while it is on: pocket {name} on")
@@ -37,6 +38,7 @@ async def warm(daemon: Daemon, peer: processes.Peer, name: str, progress: Progre
         if definition.warm:
             progress(f"{name}: making {definition.warm} slots")
             await generation.slots.fill(daemon, definition)
+            await generation.slots.settle(name)
     return {
         "name": name,
         "service": service.name,

@@ -15,7 +15,7 @@ import traceback
 from contextlib import suppress
 from typing import Any, Dict, Sequence
 
-from nsutil import clone
+from nsutil import clone, pages
 from pocketd.wire import Error
 from runtime import variables, workingset
 from runtime.interface import CannotLoad, Model
@@ -101,10 +101,13 @@ def _make(runtime: Any, source: str) -> Model:
 
 def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workingset.WorkingSet:
     """The pages that a worker's first call of each model makes its own, as seen in a child that makes them; none where
-    that comes to no end. `reopen`: descriptors that each worker renews."""
+    that comes to no end. `reopen`: descriptors that each worker renews. This process's heap reaches as far then as the
+    child's did, and does not shrink, so that a call finds its place there and the pages can be made ahead of time."""
     if not known:
         return workingset.WorkingSet()
+    keeps = pages.keep_free_memory()
     report = os.memfd_create("pages", os.MFD_CLOEXEC)
+    heap = os.memfd_create("heap", os.MFD_CLOEXEC)
     try:
         try:
             child = clone.live_fork()
@@ -117,6 +120,7 @@ def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workin
                 for model in known.values():
                     model.rehearse()
                 workingset.note(report)
+                os.write(heap, b"%d" % pages.heap_end())
             finally:
                 os._exit(0)
         if not select.select([child.pidfd], [], [], FIRST_CALLS)[0]:
@@ -124,6 +128,9 @@ def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workin
         with suppress(ChildProcessError):  # a handler of a pocket's has waited for it, or it ignores SIGCHLD
             os.waitpid(child.pid, 0)
         os.close(child.pidfd)
+        if keeps:
+            pages.extend_heap(int(os.pread(heap, 32, 0) or 0))
         return workingset.WorkingSet.read(report).here()
     finally:
         os.close(report)
+        os.close(heap)

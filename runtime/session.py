@@ -34,7 +34,9 @@ CLIENT_PARITY, WORKER_FIRST = 1, 2
 CANCEL = struct.Struct("<Q")
 MAX_TRACEBACK = 64 * 1024
 _HERE = os.path.dirname(__file__)
-_FOREVER, _IDLE = struct.pack("ll", 0, 0), struct.pack("ll", 0, 250_000)  # struct timeval
+# struct timeval. The call after that makes its pages anew, which takes as long as a small model's: not for an app that
+# asks each second.
+_FOREVER, _IDLE = struct.pack("ll", 0, 0), struct.pack("ll", 2, 0)
 PROTOCOL = 76  # sysexits.h EX_PROTOCOL: how a worker ends whose client sent garbage
 
 

@@ -7,6 +7,7 @@ noise makes a launch slower, never sooner than it can be.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +133,28 @@ def test_a_clients_slot_has_the_pages_of_its_models_first_call(service: Service)
     on_demand, slot, preloaded = faults("tensorflow"), faults("caller"), faults("keeper")
     print(f"page faults of a first call, on demand, from a slot, a preloaded one: {on_demand}, {slot}, {preloaded}")
     assert max(slot, preloaded) < on_demand / 3
+
+
+def test_a_first_call_finds_its_place_in_the_heap_and_its_pages_made(service: Service):
+    with service.control() as control:
+        assert control.call("warm", name="caller", timeout=TIMEOUT)["slots"] == 1
+    with login("caller", directory=str(launch.PROGRAMS), runtime_dir=service.runtime_dir) as session:
+        model, image = session.model("mobilenet"), session.tensor(models.INPUTS["mobilenet"], "float32")
+        image.numpy()[...] = 0.5
+        end, resident = heap(session.pid)
+        measures.first(model(image))
+        later, grown = heap(session.pid)
+    print(f"bytes of heap of a slot's worker, before and after its first call: {resident}, {grown}")
+    assert later == end
+    assert grown - resident < 2 << 20
+
+
+def heap(pid: int | None) -> tuple[int, int]:
+    """Where it ends, and bytes in memory (proc_pid_smaps(5))."""
+    found = re.findall(
+        r"(?m)^\w+-(\w+) .*\[heap\]\n(?:\w+: .*\n)*?Rss: +(\d+) kB", Path(f"/proc/{pid}/smaps").read_text()
+    )
+    return max(int(end, 16) for end, _ in found), sum(int(kb) << 10 for _, kb in found)
 
 
 def minor_faults(pid: int | None) -> int:
