@@ -21,6 +21,7 @@ from runtime import variables, workingset
 from runtime.interface import CannotLoad, Model
 
 FIRST_CALLS = 60.0  # seconds that a first call of each model may take
+MORE = 4 << 20  # bytes of heap, without pages, for what a call does otherwise than the one that was seen
 
 
 def load(runtime: Any, name: str, source: str, said: str = "") -> Model:
@@ -129,7 +130,7 @@ def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workin
             os.waitpid(child.pid, 0)
         os.close(child.pidfd)
         if keeps:
-            pages.extend_heap(int(os.pread(heap, 32, 0) or 0))
+            pages.extend_heap(int(os.pread(heap, 32, 0) or -MORE) + MORE)
         return workingset.WorkingSet.read(report).here()
     finally:
         os.close(report)
