@@ -21,7 +21,6 @@ from runtime import variables, workingset
 from runtime.interface import CannotLoad, Model
 
 FIRST_CALLS = 60.0  # seconds that a first call of each model may take
-MORE = 4 << 20  # bytes of heap, without pages, for what a call does otherwise than the one that was seen
 
 
 def load(runtime: Any, name: str, source: str, said: str = "") -> Model:
@@ -130,7 +129,7 @@ def pages_of_first_calls(known: Dict[str, Any], reopen: Sequence[int]) -> workin
             os.waitpid(child.pid, 0)
         os.close(child.pidfd)
         if keeps:
-            pages.extend_heap(int(os.pread(heap, 32, 0) or -MORE) + MORE)
+            pages.extend_heap(int(os.pread(heap, 32, 0) or 0))
         return workingset.WorkingSet.read(report).here()
     finally:
         os.close(report)

@@ -136,7 +136,7 @@ def test_a_clients_slot_has_the_pages_of_its_models_first_call(service: Service)
 
 
 def test_a_first_call_finds_its_place_in_the_heap_and_its_pages_made(service: Service):
-    """It takes no more address space than its worker had, and hardly any more memory."""
+    """It takes hardly more address space, its caller's arena, and hardly more memory than its worker had."""
     with service.control() as control:
         assert control.call("warm", name="caller", timeout=TIMEOUT)["slots"] == 1
     with login("caller", directory=str(launch.PROGRAMS), runtime_dir=service.runtime_dir) as session:
@@ -146,7 +146,7 @@ def test_a_first_call_finds_its_place_in_the_heap_and_its_pages_made(service: Se
         measures.first(model(image))
         after = most(session.pid)
     print(f"KiB of a slot's worker at most, addresses and memory, before and after its first call: {before}, {after}")
-    assert after[0] - before[0] < 1 << 10
+    assert after[0] - before[0] < 4 << 10
     assert after[1] - before[1] < 4 << 10
 
 
