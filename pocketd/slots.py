@@ -67,6 +67,7 @@ class Slot:
             self.taken.set_result(None)
 
     def close(self) -> None:
+        self.settled.set()
         if self.sock:
             asyncio.get_running_loop().remove_reader(self.sock)
             self.sock.close()
@@ -350,7 +351,6 @@ class Slots:
 
     async def _drop(self, slot: Slot) -> None:
         slot.gone = True
-        slot.settled.set()
         slot.close()
         with suppress(ValueError, KeyError):
             self.waiting[slot.pocket].remove(slot)
