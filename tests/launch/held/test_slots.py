@@ -53,6 +53,15 @@ def test_a_run_from_a_slot_is_as_any_other(hold, checkpoint):
 
 
 @pytest.mark.parametrize("checkpoint", [None, "here ="])
+def test_slots_wait_when_warm_has_returned(hold, checkpoint):
+    pocket = hold(f"import sys\n{HERE}print(sys.argv[1:])\n", checkpoint, warm=3)
+    for _ in range(3):
+        assert pocket.warm()["slots"] == 3
+        assert pocket.row()["slots"] == 3
+        pocket.pocketd.pocket("cool", pocket.name)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "here ="])
 def test_prints_from_a_slot(hold, checkpoint):
     pocket = hold(PRINTS, checkpoint, warm=1)
     pocket.warm()
