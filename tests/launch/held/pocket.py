@@ -43,8 +43,9 @@ class Pocket(Both):
         assert done.returncode == 125, (done.returncode, done.stdout)
         return done.stderr
 
-    def row(self) -> dict[str, Any]:
-        (row,) = [row for row in self.pocketd.ps()["pockets"] if row["name"] == self.name]
+    def row(self, shown: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Of what `ps` shows, or has shown."""
+        (row,) = [row for row in (shown or self.pocketd.ps())["pockets"] if row["name"] == self.name]
         return row
 
     # -- events of pocketd's log, since the pocket was made or `forget`
