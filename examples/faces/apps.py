@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,12 @@ class Batch:
 
 
 class App:
-    """The app as a process that says on stderr when it was where, prints its faces, and stays until its stdin ends."""
+    """The app as a process that says on stderr when it was where, prints its faces, and stays until its stdin ends.
+    Made while signals are `held_back`, until it is known to whoever ends it."""
 
     def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]):
         self.command = " ".join(command)
         self.out, self.err = b"", b""
-        # A signal that ends us between the fork and this object would leave the process behind.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         self.began = time.clock_gettime(time.CLOCK_MONOTONIC)
         self.process = subprocess.Popen(
             command,
@@ -60,13 +59,8 @@ class App:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
         )
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        except BaseException:  # what the handler of a signal that waited raised
-            self.end()
-            raise
 
     def until_result(self) -> Run:
         """Read both pipes until the line of faces is there (so that neither can fill up). Raises Trouble."""
@@ -123,6 +117,16 @@ class App:
                     pipe.close()
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """A signal that ends us is heard afterwards: between a fork and the note of it, it would leave a process behind."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def together(
     apps: Sequence[Callable[[], App]],
     processes: Callable[[Sequence[App]], list[list[int]]],
@@ -133,8 +137,9 @@ def together(
     with contextlib.ExitStack() as stack:
         started: list[App] = []
         for start in apps:
-            started.append(start())
-            stack.callback(started[-1].end)
+            with held_back():
+                started.append(start())
+                stack.callback(started[-1].end)
         runs = [app.until_result() for app in started]
         for run, pids in zip(runs, processes(started), strict=True):
             run.memory = measure.memory(pids)
