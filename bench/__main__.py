@@ -92,7 +92,8 @@ def merged(text: str, results: dict[str, Any]) -> dict[str, Any]:
     missing = results["missing"]
     try:
         before = json.loads(text)
-        parts = {p: told for p, told in before["parts"].items() if p not in results["parts"] or p in missing}
+        parts = {p: before["parts"][p] for p in PARTS if p in before["parts"]}
+        parts = {p: told for p, told in parts.items() if p not in results["parts"] or p in missing}
     except (OSError, ValueError, KeyError):
         return results
     same = {k: v for k, v in before["machine"].items() if k != "pocketd"}

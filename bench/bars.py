@@ -218,9 +218,8 @@ WHY: dict[str, Callable[[Measures], str]] = {
     BARS[1][0]: _within(
         "slot",
         BARS[1][2],
-        "the bar is {wanted} ms here, a slot takes {got}: pocketd admits the caller and makes its leaf's limits, and "
-        "the slot takes over environment, directory and streams, each in Python, in processes that wake one after the "
-        "other",
+        "the bar is {wanted} ms here, a slot takes {got}: pocketd finds out who asks and for what, and the slot "
+        "takes over environment, directory and streams, each in Python, in processes that wake one after the other",
     ),
     BARS[2][0]: _within(
         "on demand",
