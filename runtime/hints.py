@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Iterator, Optional
+import sys
+from typing import Iterator, Optional, Union
 
 from pocketd.wire import Message
+from runtime import interpreter
 
 _DEPTH = 20
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
@@ -25,6 +27,8 @@ def hint(e: BaseException, orders: Message) -> Optional[str]:
             name = orders["hostname"]
             if orders.get("defined"):
                 return f"pocket: {why}; to allow it, as root: pocket allow {name} {right}"
+            if right.startswith("mount="):
+                return f"pocket: {why}; to show it: pocket run --mount {right.partition('=')[2]}"
             return f"pocket: {why}; a pocket with a definition can have it (allow, in pocketd.conf)"
     return None
 
@@ -40,7 +44,21 @@ def _of(e: BaseException, orders: Message) -> Optional["tuple[str, str]"]:
                     return f"write={path[len(top) + 1 :]}", f"this pocket may not write {path}"
         if e.errno in (errno.ENOENT, errno.EACCES, errno.EPERM) and path.startswith("/dev/"):
             return f"device={path}", f"this pocket has no device {path}"
+        if e.errno == errno.ENOENT:
+            return _not_seen(e.filename, orders)
     return None
+
+
+def _not_seen(name: Union[str, bytes], orders: Message) -> Optional["tuple[str, str]"]:
+    """A file that the caller has named by an argument, who may see it where the pocket does not."""
+    given = getattr(sys, "argv", None)  # what a program may have made anything of
+    if type(given) is not list or not any(type(word) is str and word == os.fsdecode(name) for word in given[1:]):
+        return None
+    path = os.path.normpath(os.path.join(interpreter.elsewhere or os.getcwd(), os.fsdecode(name)))
+    seen = [top for place in orders["mounts"] for top in (place["target"], place.get("alias")) if top]
+    if any(f"{path}/".startswith(f"{top}/") for top in (*seen, "/pocket", "/proc", "/sys")) or ":" in path:
+        return None
+    return f"mount={path}", f"this pocket does not see {path}, if there is one"
 
 
 def _chain(e: Optional[BaseException]) -> Iterator[BaseException]:

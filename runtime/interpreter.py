@@ -205,12 +205,19 @@ def current_umask() -> int:
     return mask
 
 
+elsewhere = ""  # the caller's directory, where the worker does not see it
+
+
 def change_directory(start: Message) -> None:
     """The caller's directory where the worker sees it, else the pocket's."""
+    global elsewhere
+    directory = wire.field(start, "directory", bytes, b"/pocket")
     try:
-        os.chdir(wire.field(start, "directory", bytes, b"/pocket"))
+        os.chdir(directory)
+        elsewhere = ""
     except OSError:
         os.chdir("/pocket")
+        elsewhere = os.fsdecode(directory)
 
 
 def lower_limit(name: str, soft: Any) -> None:

@@ -189,6 +189,27 @@ def test_a_program_that_fails_for_want_of_a_right_says_which_in_its_last_line(p,
     assert last.startswith("pocket: ") and last.endswith(f"as root: pocket allow p {right}")
 
 
+@pytest.mark.parametrize("how", ["its path", "a name in the caller's directory"])
+def test_a_file_that_the_caller_names_and_the_pocket_does_not_see_is_named(p, tmp_path, how):
+    (p.place / "app.py").write_text("import sys; print(open(sys.argv[1]).read(), end='')")
+    beside, away = str(tmp_path / "beside"), tmp_path / "away"
+    away.mkdir()
+    (away / "beside").write_text("beside\n")
+    word, cwd, path = (beside, p.place, beside) if how == "its path" else ("beside", away, f"{away}/beside")
+    done = p.daemon.pocket("p", word, check=False, cwd=cwd)
+    *traceback, last = done.stderr.splitlines()
+    assert done.returncode == 1 and traceback[-1] == f"FileNotFoundError: [Errno 2] No such file or directory: '{word}'"
+    assert last == (
+        f"pocket: this pocket does not see {path}, if there is one; to allow it, as root: pocket allow p mount={path}"
+    )
+    p.says("allow", "p", f"mount={path}")
+    assert p.daemon.pocket("p", path, cwd=cwd).stdout == "beside\n"
+    done = p.daemon.pocket("run", "--service", "plain", "app.py", beside, check=False, cwd=p.place)
+    assert done.stderr.endswith(f"does not see {beside}, if there is one; to show it: pocket run --mount {beside}\n")
+    shown = p.daemon.pocket("run", "--service", "plain", "--mount", beside, "app.py", beside, cwd=p.place)
+    assert shown.stdout == "beside\n"
+
+
 @pytest.mark.parametrize(
     ("function", "right"),
     [
@@ -247,9 +268,13 @@ def test_a_model_that_a_pocket_may_not_use_is_named_with_its_right(own_pocketd, 
         assert session.model("other")
 
 
-def test_other_failures_have_no_such_line(p):
-    (p.place / "app.py").write_text("open('nowhere')")
-    assert p.daemon.pocket("p", check=False, cwd=p.place).stderr.splitlines()[-1].startswith("FileNotFoundError")
+@pytest.mark.parametrize("name", ["nowhere", "/pocket/nowhere", "{place}/nowhere", "/nowhere"])
+def test_other_failures_have_no_such_line(p, name):
+    path = name.format(place=p.place)
+    named = [] if name == "/nowhere" else [path]
+    (p.place / "app.py").write_text(f"open({path!r})")
+    done = p.daemon.pocket("p", *named, check=False, cwd=p.place)
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError")
 
 
 def test_the_kernels_word_on_a_worker(p, begun):
