@@ -15,6 +15,7 @@ from pocketd.wire import Message
 from runtime import interpreter
 
 _DEPTH = 20
+_NO_DEVICES = ("/dev/fd/", "/dev/stdin", "/dev/stdout", "/dev/stderr")  # descriptors, by other names
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL)
 
 
@@ -42,7 +43,8 @@ def _of(e: BaseException, orders: Message) -> Optional["tuple[str, str]"]:
             for top in (orders["directory"], "/pocket"):
                 if path.startswith(f"{top}/"):
                     return f"write={path[len(top) + 1 :]}", f"this pocket may not write {path}"
-        if e.errno in (errno.ENOENT, errno.EACCES, errno.EPERM) and path.startswith("/dev/"):
+        device = path.startswith("/dev/") and not path.startswith(_NO_DEVICES)
+        if e.errno in (errno.ENOENT, errno.EACCES, errno.EPERM) and device:
             return f"device={path}", f"this pocket has no device {path}"
         if e.errno == errno.ENOENT:
             return _not_seen(e.filename, orders)
@@ -56,7 +58,7 @@ def _not_seen(name: Union[str, bytes], orders: Message) -> Optional["tuple[str, 
         return None
     path = os.path.normpath(os.path.join(interpreter.elsewhere or os.getcwd(), os.fsdecode(name)))
     seen = [top for place in orders["mounts"] for top in (place["target"], place.get("alias")) if top]
-    if any(f"{path}/".startswith(f"{top}/") for top in (*seen, "/pocket", "/proc", "/sys")) or ":" in path:
+    if any(f"{path}/".startswith(f"{top}/") for top in (*seen, "/pocket", "/proc", "/sys", "/dev")) or ":" in path:
         return None
     return f"mount={path}", f"this pocket does not see {path}, if there is one"
 

@@ -268,7 +268,7 @@ def test_a_model_that_a_pocket_may_not_use_is_named_with_its_right(own_pocketd, 
         assert session.model("other")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/pocket/nowhere", "{place}/nowhere", "/nowhere"])
+@pytest.mark.parametrize("name", ["nowhere", "/pocket/nowhere", "{place}/nowhere", "/nowhere", "/dev/fd/9"])
 def test_other_failures_have_no_such_line(p, name):
     path = name.format(place=p.place)
     named = [] if name == "/nowhere" else [path]
