@@ -8,8 +8,8 @@ from typing import List, Optional, Tuple
 
 from nsutil.syscalls import check, error, libc
 
-# asm-generic/mman-common.h, linux/mman.h; MADV_COLLAPSE from Linux 6.1
-_MADV_DONTNEED, _MADV_COLLAPSE = 4, 25
+# asm-generic/mman-common.h, linux/mman.h; MADV_POPULATE_WRITE from Linux 5.14, MADV_COLLAPSE from Linux 6.1
+_MADV_DONTNEED, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 4, 23, 25
 _PROT_READ_WRITE, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MREMAP_MAYMOVE, _MREMAP_FIXED = 0x3, 0x1, 0x2, 0x20, 1, 2
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -72,6 +72,46 @@ def extend_heap(end: int) -> None:
         blocks.append(block)
     for block in blocks:
         libc.free(block)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """struct mallinfo2, mallinfo(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+_HUGE, _NEXT = 2 << 20, 1 << 20  # bytes: of a huge page, and that a child allocates before it has done much
+_BLOCK = 64 << 10  # less than what malloc(3) makes a mapping of its own of
+
+
+def prepare_heap() -> None:
+    """Have the pages of this process where its heap grows next. Where the heap comes into 2 MiB of which nothing is
+    there yet, the kernel makes a huge page (glibc.malloc.hugetlb=1), which each child would have to itself for its
+    first few words; of one that is there it copies 4 KiB. A C library before glibc 2.33 leaves all as it is."""
+    try:
+        mallinfo2 = libc.mallinfo2
+    except AttributeError:
+        return
+    mallinfo2.restype = _Mallinfo2
+    end = heap_end()
+    top = end - mallinfo2().keepcost
+    next_page = -(-top // _HUGE) * _HUGE
+    if not 0 < top < end or next_page - top >= _NEXT:
+        return
+    if next_page < end:
+        libc.madvise(ctypes.c_void_p(next_page), ctypes.c_size_t(mmap.PAGESIZE), _MADV_POPULATE_WRITE)
+        return
+    # What is free at a heap's end is given back where it is a huge page or more; so the last word stays.
+    blocks: List[int] = []
+    while heap_end() == end and len(blocks) < _HUGE // _BLOCK:
+        blocks.append(libc.malloc(_BLOCK))
+    last = libc.malloc(_BLOCK)
+    for block in blocks:
+        libc.free(block)
+    libc.realloc(last, 1)
 
 
 def collapse() -> None:

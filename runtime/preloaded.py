@@ -13,7 +13,7 @@ import traceback
 from contextlib import suppress
 from typing import Optional
 
-from nsutil import processes
+from nsutil import pages, processes
 from nsutil.messages import Fds
 from pocketd import wire
 from pocketd.wire import Error, Message
@@ -62,6 +62,7 @@ class Preloaded(Held):
 
     def pages_of_a_run(self) -> workingset.WorkingSet:
         """Of the service's models: what a session calls of the pocket's own nobody knows yet."""
+        pages.prepare_heap()
         return models.pages_of_first_calls(self.template.models, self.open_files)
 
     def preload(self, name: str) -> None:

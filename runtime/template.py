@@ -100,6 +100,7 @@ def warm(template: Template) -> None:
         if not template.ancestors:
             pages.collapse()  # a warmer one shares these pages, and would have them twice
         pages.unmap_files()
+        pages.prepare_heap()
         gc.freeze()
         gc.disable()
         clone.attempt()  # else each launch would say why not

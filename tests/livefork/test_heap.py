@@ -1,4 +1,4 @@
-"""The heap of a process to be forked reaches as far as its children's calls will need it, until it is trimmed."""
+"""The heap of a process to be forked: as its children will need it, until it is trimmed."""
 
 from __future__ import annotations
 
@@ -26,3 +26,38 @@ pages.trim()
 assert pages.heap_end() < end
 """
     )
+
+
+def test_the_first_words_of_a_child_take_no_huge_page_each(python: Callable[..., str]) -> None:
+    own = python(
+        """
+import ctypes, re
+from nsutil import pages
+from nsutil.syscalls import libc
+end, blocks = pages.heap_end(), []
+while pages.heap_end() == end:  # until nothing is left of it, and the next word is in a huge page that is not there
+    end, blocks = pages.heap_end(), [*blocks, libc.malloc(4000)]
+    if len(blocks) > 2000:
+        break
+for _ in range(int((pages.heap_end() - blocks[-1]) / 4016) - 2):
+    libc.malloc(4000)
+pages.prepare_heap()
+reached = pages.heap_end()
+child = clone.live_fork()
+if child is None:
+    clone.revive()
+    for _ in range(100):
+        ctypes.memset(libc.malloc(4000), 1, 4000)
+    own, name = 0, ""
+    for line in open("/proc/self/smaps"):
+        found = re.match(r"[0-9a-f]+-[0-9a-f]+ \\S+ \\S+ \\S+ \\d+\\s*(.*)", line)
+        name = found[1] if found else name
+        if name == "[heap]" and line.startswith("Private_Dirty:"):
+            own += int(line.split()[1])
+    print(own, flush=True)
+    os._exit(0)
+os.waitpid(child.pid, 0)
+""",
+        GLIBC_TUNABLES="glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    )
+    assert 400 <= int(own) < 2048  # KiB
