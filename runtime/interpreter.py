@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Callable, Collection, Dict, List, NoReturn, Optional, Set, Tuple
 
 from nsutil import clone
@@ -96,35 +95,28 @@ _finder = _OfPocketd()
 _OF_POCKETD = f"{_LIBRARY}/pocketd/__init__.py"
 
 
-@dataclass(frozen=True)
-class Clean:
-    """What a worker must take out of its interpreter, found by the template beforehand.
-
-    A look at each of thousands of names would touch, and so copy, as many pages in every worker.
-    """
-
-    modules: Tuple[str, ...]
-    finders: Tuple[str, ...]
-
-    @classmethod
-    def find(cls) -> Clean:
-        finders = tuple(p for p in sys.path_importer_cache if f"{p}/".startswith(f"{_LIBRARY}/"))
-        return cls(tuple(m for m in sys.modules if m.partition(".")[0] in OURS), finders)
-
-    def restore(self) -> None:
-        """No module of ours is left to be imported by an app, so that its own `runtime.py` works; gc is on again."""
-        for name in self.modules:
-            sys.modules.pop(name, None)
-        for path in self.finders:
-            sys.path_importer_cache.pop(path, None)
+def leave_modules() -> None:
+    """In a template, which has imported all that it and its workers need of ours: no module of ours is left to be
+    imported by an app, so that its own `runtime.py` works. Here, since each worker would otherwise take them out by
+    itself, at the price of 150 copied pages."""
+    for name in [m for m in sys.modules if m.partition(".")[0] in OURS]:
+        del sys.modules[name]
+    for path in [p for p in sys.path_importer_cache if f"{p}/".startswith(f"{_LIBRARY}/")]:
+        del sys.path_importer_cache[path]
+    if _finder not in sys.meta_path:
         sys.meta_path.append(_finder)
-        atexit._clear()
-        atexit.register = _register
-        atexit.register(_run_inherited_exits)  # first, so it runs last
-        global _known
-        _known = len(sys.modules)
-        clone.forget()
-        gc.enable()
+
+
+def begin() -> None:
+    """In a worker: what its app registers with atexit is all that there is but for what libraries have, and gc is on
+    again."""
+    atexit._clear()
+    atexit.register = _register
+    atexit.register(_run_inherited_exits)  # first, so it runs last
+    global _known
+    _known = len(sys.modules)
+    clone.forget()
+    gc.enable()
 
 
 def environment(start: Message) -> Dict[bytes, bytes]:

@@ -95,6 +95,7 @@ def warm(template: Template) -> None:
         cold.expression(template.runtime)
         template.pools = threads.find()
         randomness.prepare()
+        interpreter.leave_modules()
         gc.collect()
         pages.trim()  # what loading needed is not to be carried by every worker
         if not template.ancestors:
@@ -128,7 +129,6 @@ def warm(template: Template) -> None:
 def serve(template: Template) -> Optional[Template]:
     """Fork as asked. Returns, in a child, the warmer template that it is to be; None when the socket has closed."""
     avoid = (*template.ancestors, os.getpid())
-    clean = interpreter.Clean.find()
     while True:
         try:
             message, fds = wire.receive(template.talk)
@@ -136,16 +136,14 @@ def serve(template: Template) -> Optional[Template]:
             return None
         with fds:
             if message["op"] == "fork":
-                fork_worker(template, message, fds, avoid, clean)
+                fork_worker(template, message, fds, avoid)
             elif message["op"] == "template":
                 successor = fork_template(template, message, fds, avoid)
                 if successor:
                     return successor
 
 
-def fork_worker(
-    template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...], clean: interpreter.Clean
-) -> None:
+def fork_worker(template: Template, message: Message, fds: Fds, avoid: Tuple[int, ...]) -> None:
     """One launch. The child never returns from here."""
     trace = Trace(message.get("marks"))
     trace.mark("the template has the request")
@@ -165,7 +163,7 @@ def fork_worker(
                 trace.mark("the worker is born")
                 template.ancestors = avoid
                 kinds = OF_PAUSE & ~(namespaces.CLONE_NEWNET if message["host_network"] else 0)
-                worker.run(template, session, orders, handed, (pause, kinds), clean, trace)
+                worker.run(template, session, orders, handed, (pause, kinds), trace)
             finally:
                 os._exit(worker.FAILED)  # whatever happens: nothing of a launch goes on as a second template
     except OSError as e:

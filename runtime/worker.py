@@ -34,7 +34,6 @@ def run(
     orders: int,
     handed: List[int],
     joins: Tuple[int, int],
-    clean: interpreter.Clean,
     trace: Trace,
 ) -> NoReturn:
     """Become the worker of one session.
@@ -73,7 +72,7 @@ def run(
             revive(message.get("pids_max"))
             randomness.renew()
             fit(template, message)
-            clean.restore()
+            interpreter.begin()
             kind = preloaded.Preloaded if "preload" in hold else checkpointed.Checkpointed
             held = kind(template, sock, message, output, printed)
             interpreter.finish(held.run(), full=message["exit"] == "full", last=held.report)
@@ -83,7 +82,7 @@ def run(
             revive(message.get("pids_max"))
             randomness.renew()
             fit(template, message)
-            clean.restore()
+            interpreter.begin()
             if message["mode"] == "client":
                 template.pages.make()
             interpreter.touch(interpreter.set_streams)
@@ -115,7 +114,7 @@ def run(
             revive(message.get("pids_max"))
             randomness.renew()
             fit(template, message)
-            clean.restore()
+            interpreter.begin()
         trace.mark("threads, random state, modules")
         trace.print(start.get("trace"))
         if message["mode"] == "client":
