@@ -92,8 +92,8 @@ def merged(text: str, results: dict[str, Any]) -> dict[str, Any]:
     missing = results["missing"]
     try:
         before = json.loads(text)
-        parts = {p: before["parts"][p] for p in PARTS if p in before["parts"]}
-        parts = {p: told for p, told in parts.items() if p not in results["parts"] or p in missing}
+        wanted = [p for p in PARTS if p not in results["parts"] or p in missing]
+        parts = {p: before["parts"][p] for p in wanted if p in before["parts"]}
     except (OSError, ValueError, KeyError):
         return results
     same = {k: v for k, v in before["machine"].items() if k != "pocketd"}

@@ -95,7 +95,8 @@ def warm(template: Template) -> None:
         cold.expression(template.runtime)
         template.pools = threads.find()
         randomness.prepare()
-        interpreter.leave_modules()
+        if not template.ancestors:  # in a warmer one such a name is what its models' own modules have imported
+            interpreter.leave_modules()
         gc.collect()
         pages.trim()  # what loading needed is not to be carried by every worker
         if not template.ancestors:

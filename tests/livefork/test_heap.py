@@ -42,7 +42,6 @@ while pages.heap_end() == end:  # until nothing is left of it, and the next word
 for _ in range(int((pages.heap_end() - blocks[-1]) / 4016) - 2):
     libc.malloc(4000)
 pages.prepare_heap()
-reached = pages.heap_end()
 child = clone.live_fork()
 if child is None:
     clone.revive()
